@@ -1,0 +1,127 @@
+"""Projected gradient ascent inside an L-infinity ball (Madry et al. 2018; paper, Eq. 3 and 6).
+
+Pixels are those of [0, 1]; models see ``(pixels - mean) / std``. Budgets are given in 1/255 of the pixel
+range and become bounds for each channel of the normalised image, so that no pass needs to convert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from aemim_algorithm.validation import require_integer, require_number, require_per_channel
+
+__all__ = ["linf_distance", "outside_pixel_range", "pgd_attack"]
+
+
+def pgd_attack(
+    objective: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    step_size: float | None = None,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """Maximise ``objective`` over the ball of radius ``epsilon`` around ``images``.
+
+    Starts from uniform noise inside the ball: without it, a distance to the clean features and its
+    gradient are zero. Only the image is differentiated; no parameter receives a gradient.
+
+    Args:
+        objective: Maps adversarial images, shaped as ``images``, to the scalar to maximise. Sum it
+            over samples, so that each sample's gradient is its own.
+        images: Clean images, normalised, shape (batch, channels, height, width) or
+            (batch, frames, channels, height, width).
+        epsilon: L-infinity budget, in 1/255 of the pixel range.
+        steps: Number of gradient steps T.
+        step_size: Length μ of a step, in 1/255; ``None`` is ``1.25 * epsilon / steps`` (Wong et al.
+            2020, arXiv 2001.03994, for one step).
+        mean: Mean of the normalisation, one value for each channel, in [0, 1] pixels.
+        std: Standard deviation of the normalisation, likewise.
+        generator: Source of the starting noise; the global one if ``None``.
+        noise: Starting noise in [-1, 1], shaped as ``images``, in units of ``epsilon``; overrides
+            ``generator``.
+
+    Returns:
+        Adversarial images, shaped as ``images``, inside the ball and the pixel range, detached.
+
+    Raises:
+        ValueError: If a number is out of range, or ``mean`` does not fit the channels.
+    """
+    require_number("epsilon", epsilon, low=0, high=255, unit=" (1/255 of the pixel range)")
+    require_integer("steps", steps, low=1)
+    if step_size is None:
+        step_size = 1.25 * epsilon / steps
+    require_number("step_size", step_size, low=0, unit=" (1/255 of the pixel range)")
+
+    clean = images.detach().float()
+    unit = _unit(clean, std)
+    lower, upper = _bounds(clean, epsilon * unit, mean, std)
+    if noise is None:
+        noise = torch.rand(clean.shape, generator=generator, device=clean.device) * 2 - 1
+
+    adversarial = (clean + epsilon * unit * noise).clamp(lower, upper)
+    for _ in range(steps):
+        gradient = _image_gradient(objective, adversarial.to(images.dtype))
+        adversarial = (adversarial + step_size * unit * gradient.sign()).clamp(lower, upper)
+    return adversarial.to(images.dtype)
+
+
+def linf_distance(adversarial: Tensor, images: Tensor, std: Sequence[float]) -> Tensor:
+    """Largest perturbation of each sample, in 1/255 of the pixel range; shape (batch,), float32."""
+    difference = (adversarial.float() - images.float()) / _unit(images, std)
+    return difference.abs().flatten(1).amax(dim=1)
+
+
+def outside_pixel_range(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """How far the images leave the range that ``mean`` and ``std`` imply.
+
+    Returns:
+        Scalar, in units of the pixel range: 0 if every pixel lies in [0, 1].
+    """
+    pixels = images.float() * _per_channel(std, images, "std") + _per_channel(mean, images, "mean")
+    return torch.maximum(-pixels.amin(), pixels.amax() - 1).clamp_min(0)
+
+
+def _image_gradient(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    images = images.detach().requires_grad_(True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(objective(images), images)
+    return gradient.float()
+
+
+def _bounds(
+    images: Tensor, radius: Tensor, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The ball cut with the pixel range; an image that is outside the range stays where it is."""
+    center, scale = _per_channel(mean, images, "mean"), _per_channel(std, images, "std")
+    darkest, brightest = (0 - center) / scale, (1 - center) / scale
+    lower = torch.minimum(torch.maximum(images - radius, darkest), images)
+    upper = torch.maximum(torch.minimum(images + radius, brightest), images)
+    return lower, upper
+
+
+def _unit(images: Tensor, std: Sequence[float]) -> Tensor:
+    """1/255 of the pixel range, in each channel's normalised units."""
+    return 1 / 255 / _per_channel(std, images, "std")
+
+
+def _per_channel(values: Sequence[float], images: Tensor, name: str) -> Tensor:
+    """Shape one value a channel so that it broadcasts over images or videos."""
+    require_per_channel(name, values, positive=name == "std")
+    for axis in (-3, 1):  # (…, channels, height, width), else (batch, channels, frames, …)
+        if images.ndim >= 4 and images.shape[axis] == len(values):
+            shape = [1] * images.ndim
+            shape[axis] = -1
+            return torch.tensor(values, dtype=torch.float32, device=images.device).view(shape)
+    raise ValueError(
+        f"{name}={tuple(values)} has {len(values)} values, but the images have shape "
+        f"{tuple(images.shape)}: pass one value for each channel"
+    )

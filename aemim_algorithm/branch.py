@@ -1,0 +1,199 @@
+"""The adversarial branch of one training step, without a Trainer.
+
+It costs T attack passes (an encoder forward, and a backward to the image only) and one more forward
+and backward, all for the attacked share of the batch. The clean features come from the training
+forward itself, so they cost nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+
+from aemim_algorithm.adapters import adversarial_mode, preserved_statistics
+from aemim_algorithm.attack import linf_distance, pgd_attack
+from aemim_algorithm.injection import EncoderCall, EncoderTap, take_samples
+from aemim_algorithm.losses import DISTANCES, l2_distance, num_tokens, total_loss
+from aemim_algorithm.randomness import RngState
+
+__all__ = ["AdversarialBranch", "AdversarialPass"]
+
+
+@dataclass(frozen=True)
+class AdversarialPass:
+    """What the adversarial branch made of one batch.
+
+    Attributes:
+        images: Adversarial images x_a, normalised, shape (samples, ...), detached.
+        clean_images: Their clean originals.
+        batch: The clean batch of the chosen samples: the target of L_a (Eq. 5).
+        outputs: The model's outputs for x_a, with gradient.
+        distances: Feature distance for each sample from the start: of noise alone, then after each
+            step, T + 1 tensors of shape (samples,); mean over tokens.
+        perturbation: L-infinity distance of each sample, in 1/255, shape (samples,).
+    """
+
+    images: Tensor
+    clean_images: Tensor
+    batch: Any
+    outputs: Any
+    distances: tuple[Tensor, ...]
+    perturbation: Tensor
+
+
+class AdversarialBranch:
+    """Attacks the encoder's features and runs the model on the result.
+
+    Args:
+        tap: Tap on the model's encoder.
+        epsilon: L-infinity budget ε, in 1/255 of the pixel range.
+        steps: Attack steps T.
+        step_size: Step μ, in 1/255; ``None`` is ``1.25 * epsilon / steps``.
+        adversarial_loss: ``"l2"``, ``"kl"`` or ``"reconstruction"``.
+        mean: Mean of the images' normalisation.
+        std: Standard deviation of the images' normalisation.
+    """
+
+    def __init__(
+        self,
+        tap: EncoderTap,
+        *,
+        epsilon: float,
+        steps: int,
+        step_size: float | None,
+        adversarial_loss: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.tap = tap
+        self.adversarial_loss = adversarial_loss
+        self._attack: dict[str, Any] = dict(  # noqa: C408
+            epsilon=epsilon, steps=steps, step_size=step_size, mean=mean, std=std
+        )
+        self._before: RngState | None = None
+
+    def start(self) -> None:
+        """Watch the clean forward pass that comes next."""
+        self._before = RngState.capture()
+        self.tap.start()
+
+    def cancel(self) -> None:
+        """Forget the clean forward pass: nothing of it is attacked."""
+        self.tap.cancel()
+
+    def finish(
+        self,
+        model: ComposerModel,
+        batch: Any,
+        outputs: Any,
+        *,
+        noise: Callable[[Tensor], Tensor],
+        index: Tensor | None = None,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> AdversarialPass:
+        """Attack the batch that was just run, and run the model on the adversarial images.
+
+        The global generators end where the clean forward left them.
+
+        Args:
+            model: The model, unwrapped, in the mode of the clean forward.
+            batch: The batch of the clean forward.
+            outputs: Its outputs. A ``"mask"`` among them is given to ``model.forward`` again, if
+                that takes an argument ``mask``; other masks are replayed from the generators.
+            noise: Makes the starting noise, in [-1, 1] and shaped as the images it is given.
+            index: The samples to attack, shape (samples,), int64; ``None`` for all.
+            precision: Makes the precision context of the passes.
+
+        Returns:
+            The adversarial pass.
+        """
+        after = RngState.capture()
+        call = self.tap.stop()
+        mask = _explicit_mask(model, outputs)
+        try:
+            with precision():
+                if index is not None:
+                    size = call.images.shape[0]
+                    batch, mask = take_samples((batch, mask), index, size)
+                    call = self._sub_call(call, model, batch, mask, index)
+                return self._attack_and_forward(_Step(model, batch, mask, call), noise)
+        finally:
+            after.restore()
+
+    def _sub_call(
+        self, call: EncoderCall, model: ComposerModel, batch: Any, mask: _Mask, index: Tensor
+    ) -> EncoderCall:
+        """The encoder's clean call for some samples; run again if it can't be cut from the whole."""
+        assert self._before is not None
+        if call.deterministic and (mask or call.rng == self._before):
+            return call.take(index)
+        # The random numbers of a smaller batch are others: the attack needs a reference under them.
+        self._before.restore()
+        self.tap.start()
+        with torch.no_grad(), preserved_statistics(model):
+            model(batch, **mask)
+        return self.tap.stop()
+
+    def _attack_and_forward(self, step: _Step, noise: Callable[[Tensor], Tensor]) -> AdversarialPass:
+        clean_images = step.call.images
+        distances: list[Tensor] = []
+
+        def objective(images: Tensor) -> Tensor:
+            value, distance = self._objective(step, images)
+            distances.append(distance)
+            return value
+
+        with adversarial_mode(step.model):
+            with preserved_statistics(step.model):
+                images = pgd_attack(objective, clean_images, noise=noise(clean_images), **self._attack)
+            with preserved_statistics(step.model, clean_only=True):
+                outputs, features = self._forward(step, images)
+        distances.append(self._distance(features.detach(), step.call.features)[1])
+        perturbation = linf_distance(images, clean_images, self._attack["std"])
+        return AdversarialPass(images, clean_images, step.batch, outputs, tuple(distances), perturbation)
+
+    def _objective(self, step: _Step, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The adversarial loss, summed over samples, and each sample's feature distance."""
+        if self.adversarial_loss != "reconstruction":
+            return self._distance(self.tap.encode(step.call, images), step.call.features)
+        outputs, features = self._forward(step, images)
+        loss = total_loss(step.model.loss(outputs, step.batch)) * images.shape[0]
+        return loss, self._distance(features.detach(), step.call.features)[1]
+
+    def _distance(self, features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        distance = DISTANCES.get(self.adversarial_loss, l2_distance)(features, reference)
+        return distance.sum(), distance.detach() / num_tokens(reference)
+
+    def _forward(self, step: _Step, images: Tensor) -> tuple[Any, Tensor]:
+        """The whole model on the clean batch, with ``images`` injected at the encoder."""
+        assert self._before is not None
+        self._before.restore()
+        with self.tap.inject(images, step.call.rng) as features:
+            return step.model(step.batch, **step.mask), features()
+
+
+_Mask = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the passes of one step share."""
+
+    model: ComposerModel
+    batch: Any
+    mask: _Mask
+    call: EncoderCall
+
+
+def _explicit_mask(model: ComposerModel, outputs: Any) -> _Mask:
+    """The mask of the clean outputs as an argument of ``model.forward``, or nothing."""
+    mask = outputs.get("mask") if isinstance(outputs, Mapping) else None
+    takes_mask = "mask" in inspect.signature(model.forward).parameters
+    return {"mask": mask} if isinstance(mask, Tensor) and takes_mask else {}

@@ -1,0 +1,300 @@
+"""The injection point: the one module of a model that receives the image.
+
+In the clean pass an :class:`EncoderTap` records how the encoder was called and what it returned. In the
+adversarial pass it swaps the image for the adversarial one on its way in, while the model around it
+still sees the clean batch. So every target that the model computes from its own input stays clean
+(Eq. 5), without one line of model-specific code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from aemim_algorithm.randomness import RngState
+
+__all__ = [
+    "EncoderCall",
+    "EncoderTap",
+    "find_encoder",
+    "first_dimension",
+    "first_tensor",
+    "take_samples",
+]
+
+
+@dataclass(frozen=True)
+class EncoderCall:
+    """One recorded call of the encoder.
+
+    Attributes:
+        args: Positional arguments, tensors detached.
+        kwargs: Keyword arguments, tensors detached.
+        slot: Which of them is the image: an index into ``args`` or a key of ``kwargs``.
+        rng: The global generators as the encoder found them.
+        features: What it returned, detached: the stop-gradient reference of Eq. 7.
+        deterministic: Whether the encoder drew nothing from the global generators.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    slot: int | str
+    rng: RngState
+    features: Tensor
+    deterministic: bool
+
+    @property
+    def images(self) -> Tensor:
+        """The images that the encoder received, shape (batch, ...)."""
+        return self.args[self.slot] if isinstance(self.slot, int) else self.kwargs[self.slot]
+
+    def take(self, index: Tensor) -> EncoderCall:
+        """The same call for some samples of the batch only."""
+        size = self.images.shape[0]
+        args, kwargs = take_samples((self.args, self.kwargs), index, size)
+        features = take_samples(self.features, index, size)
+        return replace(self, args=args, kwargs=kwargs, features=features)
+
+
+class EncoderTap:
+    """Records an encoder's calls, injects images into them, and calls it with recorded arguments.
+
+    Idle unless inside :meth:`record` or :meth:`inject`, or between :meth:`start` and :meth:`stop`.
+
+    Args:
+        model: The model that holds the encoder.
+        path: Dotted path of a submodule or of a method, as :func:`find_encoder` returns it.
+
+    Raises:
+        ValueError: If there is no such submodule or method.
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.path = path
+        self._recording = False
+        self._injected: tuple[Tensor, RngState] | None = None
+        self._features: Tensor | None = None
+        self._entered: tuple[tuple[Any, ...], dict[str, Any], int | str, RngState] | None = None
+        self._call: EncoderCall | None = None
+        owner_path, _, name = path.rpartition(".")
+        try:
+            owner = model.get_submodule(owner_path)
+            self._encoder = getattr(owner, name) if name else owner
+        except AttributeError:
+            raise ValueError(_not_found(model, f"encoder={path!r} names nothing")) from None
+        if isinstance(self._encoder, nn.Module):
+            # First in, last out: other hooks on the encoder see what it really gets and gives.
+            self._encoder.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+            self._encoder.register_forward_hook(self._leave)
+        else:
+            setattr(owner, name, functools.partial(self._call_method, self._encoder))
+
+    def start(self) -> None:
+        """Record the next call, until :meth:`stop`; forgets what was recorded before."""
+        self._recording, self._call, self._entered, self._injected = True, None, None, None
+
+    def stop(self) -> EncoderCall:
+        """Stop recording.
+
+        Returns:
+            The first call that was recorded.
+
+        Raises:
+            ValueError: If the encoder was not called with an image.
+        """
+        call = self._call
+        self.cancel()
+        if call is None:
+            raise ValueError(
+                f"the encoder {self.path!r} was not called with an image during the forward pass: "
+                "pass AEMIM(encoder=...) the dotted path of the module that is"
+            )
+        return call
+
+    def cancel(self) -> None:
+        """Stop recording and forget what was recorded."""
+        self._recording, self._call, self._entered = False, None, None
+
+    @contextmanager
+    def inject(self, images: Tensor, rng: RngState) -> Iterator[Callable[[], Tensor]]:
+        """Give the encoder's next call inside the block these images instead of its own.
+
+        Args:
+            images: What replaces the image.
+            rng: The generators that the encoder shall find.
+
+        Yields:
+            A function that returns the features of that call, with gradient.
+        """
+        self._injected, self._features = (images, rng), None
+        try:
+            yield self._take_features
+        finally:
+            self._injected = self._features = None
+
+    def _take_features(self) -> Tensor:
+        assert self._features is not None, "the injected pass did not reach the encoder"
+        return self._features
+
+    def encode(self, call: EncoderCall, images: Tensor) -> Tensor:
+        """Call the encoder as it was called before, randomness included, with other images."""
+        call.rng.restore()
+        args, kwargs = _replace_image(call.args, call.kwargs, call.slot, images)
+        features = first_tensor(self._encoder(*args, **kwargs))
+        assert features is not None  # the recorded call has returned some
+        return features
+
+    def _enter(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._injected is not None and self._features is None:
+            images, rng = self._injected
+            rng.restore()
+            return _replace_image(args, kwargs, self._slot(args, kwargs), images)
+        if self._recording and self._call is None and self._entered is None:
+            slot = self._slot(args, kwargs)
+            args, kwargs = _map_tensors((args, kwargs), Tensor.detach)
+            self._entered = (args, kwargs, slot, RngState.capture())
+        return None
+
+    def _leave(self, module: Any, args: Any, output: Any) -> None:
+        if self._injected is not None and self._features is None:
+            self._features = first_tensor(output)
+        if not self._recording or self._entered is None:
+            return
+        (args, kwargs, slot, rng), self._entered = self._entered, None
+        features = first_tensor(output)
+        if features is None:
+            raise ValueError(
+                f"the encoder {self.path!r} returned {type(output).__name__}, which holds no "
+                "floating-point tensor: pass AEMIM(encoder=...) a module that returns features"
+            )
+        unchanged = rng == RngState.capture()
+        self._call = EncoderCall(args, kwargs, slot, rng, features.detach(), unchanged)
+
+    def _call_method(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._enter(None, args, kwargs) or (args, kwargs)
+        output = method(*args, **kwargs)
+        self._leave(None, args, output)
+        return output
+
+    def _slot(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+        slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for slot, value in slots:
+            if isinstance(value, Tensor) and value.ndim >= 4 and value.is_floating_point():
+                return slot
+        kinds = [type(value).__name__ for value in (*args, *kwargs.values())]
+        raise ValueError(
+            f"the encoder {self.path!r} received no image, only ({', '.join(kinds)}): expected a "
+            "floating-point tensor of shape (batch, channels, height, width) among its arguments; "
+            "pass AEMIM(encoder=...) the module that receives it"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncoderTap:
+        # A copied model (EMA, SWA) must not inject or record; its hooks point to an idle tap.
+        copied = object.__new__(EncoderTap)
+        copied.__dict__ = self.__getstate__() | {"_encoder": None}
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        passing = ("_injected", "_features", "_entered", "_call")
+        return self.__dict__ | dict.fromkeys(passing) | {"_recording": False}
+
+
+def find_encoder(model: nn.Module) -> str:
+    """Find the submodule that turns images into features.
+
+    Looks for a submodule ``encoder``, then for the one that Hugging Face's ``base_model_prefix``
+    names; in the model itself, then in the ``model`` or ``module`` that a Composer wrapper holds.
+
+    Args:
+        model: A masked-image model.
+
+    Returns:
+        The dotted path of the encoder.
+
+    Raises:
+        ValueError: If there is none; the message lists the candidates.
+    """
+    for wrapper in ("", "model", "module"):
+        inner = getattr(model, wrapper, None) if wrapper else model
+        for name in ("encoder", getattr(inner, "base_model_prefix", "")):
+            if name and isinstance(getattr(inner, name, None), nn.Module):
+                return f"{wrapper}.{name}".lstrip(".")
+    raise ValueError(_not_found(model, "AEMIM found no encoder"))
+
+
+def first_tensor(output: object) -> Tensor | None:
+    """The first floating-point tensor of a module's output (tensor, tuple, dict or ModelOutput)."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(output, Mapping | list | tuple):
+        return None
+    return next((t for value in values if (t := first_tensor(value)) is not None), None)  # type: ignore[attr-defined]
+
+
+def take_samples(value: Any, index: Tensor, size: int) -> Any:
+    """Take some samples of everything in ``value`` whose first dimension is the batch.
+
+    Args:
+        value: A tensor, or (nested) mappings, lists and tuples that hold tensors.
+        index: Samples to take, shape (count,), int64.
+        size: Batch size: tensors whose first dimension differs are left alone.
+
+    Returns:
+        The same structure; mappings become dicts.
+    """
+
+    def take(tensor: Tensor) -> Tensor:
+        batched = tensor.ndim > 0 and tensor.shape[0] == size
+        return tensor[index.to(tensor.device)] if batched else tensor
+
+    return _map_tensors(value, take)
+
+
+def first_dimension(batch: object) -> int:
+    """Batch size: the first dimension of the first tensor that a batch holds.
+
+    Raises:
+        ValueError: If it holds no tensor.
+    """
+    found: list[Tensor] = []
+    _map_tensors(batch, lambda tensor: found.append(tensor) if tensor.ndim else None)
+    if not found:
+        raise ValueError(f"the batch ({type(batch).__name__}) holds no tensor with a batch dimension")
+    return found[0].shape[0]
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if hasattr(value, "items") and callable(value.items):  # dict, UserDict, ModelOutput
+        return {key: _map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_map_tensors(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _replace_image(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str, images: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(slot, int):
+        return (*args[:slot], images, *args[slot + 1 :]), kwargs
+    return args, kwargs | {slot: images}
+
+
+def _not_found(model: nn.Module, what: str) -> str:
+    modules = [name for name, _ in model.named_modules() if 0 < name.count(".") + 1 <= 2 and name]
+    shown = ", ".join(modules[:12]) + (", …" if len(modules) > 12 else "")
+    return (
+        f"{what} in {type(model).__name__}: pass AEMIM(encoder=...) the dotted path of the module "
+        f"or method that turns images into features. Looked for 'encoder' and base_model_prefix in "
+        f"the model and its 'model' or 'module'; candidates: {shown or 'none, it has no submodules'}"
+    )

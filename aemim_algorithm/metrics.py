@@ -1,0 +1,81 @@
+"""What is measured over the micro-batches and ranks of one training batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from composer.utils import dist
+from torch import Tensor
+
+from aemim_algorithm.branch import AdversarialPass
+from aemim_algorithm.losses import total_loss
+
+__all__ = ["AttackMetrics", "FiniteLossCheck"]
+
+
+class AttackMetrics:
+    """Sums over samples, kept on the device until the end of a batch: no step waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._largest: Tensor | None = None
+
+    def update(self, result: AdversarialPass) -> None:
+        """Add the samples of one adversarial pass."""
+        _, first, *later = result.distances
+        last = later[-1] if later else first
+        sums = torch.stack([first.sum(), last.sum(), first.new_tensor(float(len(first)))])
+        largest = result.perturbation.amax()
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._largest = largest if self._largest is None else self._largest.maximum(largest)
+
+    def compute(self) -> dict[str, float]:
+        """Reduce over ranks; the names are those that are logged."""
+        if self._sums is None or self._largest is None:
+            return {}
+        dist.all_reduce(self._sums, reduce_operation="SUM")
+        dist.all_reduce(self._largest, reduce_operation="MAX")
+        first, last, count = self._sums.tolist()
+        return {
+            "aemim/feature_distance/first_step": first / count,
+            "aemim/feature_distance/last_step": last / count,
+            "aemim/perturbation_linf": self._largest.item(),
+        }
+
+
+class FiniteLossCheck:
+    """Finds the branch in which a loss became NaN or infinite, before the optimizer steps on it."""
+
+    def __init__(self) -> None:
+        self._finite: dict[str, Tensor] = {}
+
+    def update(self, loss: Any) -> None:
+        """Look at the loss of a micro-batch: a tensor, a sequence, or a dict with named parts."""
+        parts = dict(loss) if isinstance(loss, Mapping) else {"training": total_loss(loss)}
+        for name, value in parts.items():
+            finite = value.detach().isfinite().all()
+            self._finite[name] = finite & self._finite.get(name, finite)
+
+    def require_finite(self, batch: int) -> None:
+        """Raise on every rank alike if any rank's loss was not finite; then start afresh.
+
+        Args:
+            batch: Number of the batch, for the message.
+
+        Raises:
+            FloatingPointError: If a loss was NaN or infinite; names the batch and the branch.
+        """
+        if not self._finite:
+            return
+        names, flags = list(self._finite), torch.stack(list(self._finite.values())).int()
+        self._finite = {}
+        dist.all_reduce(flags, reduce_operation="MIN")
+        broken = [n for n, flag in zip(names, flags.tolist(), strict=True) if not flag and n != "total"]
+        if not all(flags.tolist()):
+            raise FloatingPointError(
+                f"batch {batch}: the {' and the '.join(broken or ['total'])} loss is NaN or infinite; "
+                "the optimizer was not stepped. Resume from the last checkpoint with a lower learning "
+                "rate, gradient clipping, or precision amp_bf16 instead of amp_fp16"
+            )

@@ -1,0 +1,184 @@
+"""Masked autoencoder (He et al. 2022, arXiv 2111.06377) as a Composer model on timm's ViT.
+
+The encoder sees the visible patches; a small decoder reconstructs the hidden ones from them. The mask is an
+explicit argument and stands in the outputs, so that a second pass can be given the very same one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from composer.models import ComposerModel
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from aemim_algorithm.models.masking import (
+    images_in,
+    normalize_patches,
+    num_visible,
+    patchify,
+    random_mask,
+    visible_indices,
+)
+from aemim_algorithm.models.vit import MaskedViT, init_like_mae, sincos_position
+
+__all__ = ["MAE", "MAEDecoder"]
+
+
+class MAE(ComposerModel):
+    """Masked autoencoder.
+
+    Args:
+        image_size: Side of the square input, or (height, width), in pixels.
+        patch_size: Side of a patch, in pixels.
+        embed_dim: Width of the encoder.
+        depth: Blocks of the encoder.
+        num_heads: Attention heads of the encoder.
+        decoder_dim: Width of the decoder.
+        decoder_depth: Blocks of the decoder.
+        decoder_heads: Attention heads of the decoder.
+        mask_ratio: Share of the patches that is hidden, in (0, 1).
+        norm_pixel_target: Whether each target patch is normalised by its own mean and deviation.
+
+    Raises:
+        ValueError: If the mask leaves no patch visible or none hidden.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        mask_ratio: float = 0.75,
+        norm_pixel_target: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder = MaskedViT(
+            image_size=image_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+        )
+        self.decoder = MAEDecoder(
+            self.encoder.grid,
+            patch_size=patch_size,
+            encoder_dim=embed_dim,
+            dim=decoder_dim,
+            depth=decoder_depth,
+            num_heads=decoder_heads,
+        )
+        self.mask_ratio = mask_ratio
+        self.norm_pixel_target = norm_pixel_target
+        self.num_patches = self.encoder.patch_embed.num_patches
+        self.num_visible = num_visible(self.num_patches, mask_ratio)
+        if not 0 < self.num_visible < self.num_patches:
+            raise ValueError(
+                f"mask_ratio={mask_ratio} leaves {self.num_visible} of {self.num_patches} patches "
+                "visible: choose a ratio in (0, 1) that leaves at least one visible and one hidden"
+            )
+
+    def forward(self, batch: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Reconstruct the images of a batch.
+
+        Args:
+            batch: ``(images, labels)``, a dict or any batch in which the images are the first float
+                tensor of shape (batch, 3, height, width); normalised.
+            mask: Shape (batch, patches), bool, true where hidden, the same number in each row;
+                drawn at random if ``None``.
+
+        Returns:
+            ``prediction``, shape (batch, patches, pixels of a patch), and the ``mask``.
+        """
+        images = images_in(batch)
+        if mask is None:
+            mask = random_mask(images.shape[0], self.num_patches, self.mask_ratio, device=images.device)
+        visible = visible_indices(mask, self.num_visible)
+        latent = self.encoder(images, visible)
+        return {"prediction": self.decoder(latent, visible), "mask": mask}
+
+    def loss(self, outputs: dict[str, Tensor], batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Mean squared error over the hidden patches, in float32 (Eq. 1).
+
+        Args:
+            outputs: What :meth:`forward` returned.
+            batch: The batch whose images are the target.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            Scalar, float32.
+        """
+        target = patchify(images_in(batch).float(), self.encoder.patch_size)
+        if self.norm_pixel_target:
+            target, _, _ = normalize_patches(target)
+        error = (outputs["prediction"].float() - target).square().mean(dim=-1)
+        hidden = outputs["mask"].to(error.dtype)
+        return (error * hidden).sum() / hidden.sum()
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """One FSDP unit per block, and one for the encoder, which AEMIM calls on its own."""
+        return isinstance(module, Block | MaskedViT)
+
+
+class MAEDecoder(nn.Module):
+    """Reconstructs every patch from the encoder's features of the visible ones.
+
+    Args:
+        grid: Rows and columns of patches.
+        patch_size: Side of a patch, in pixels.
+        encoder_dim: Width of the features that come in.
+        dim: Width of the decoder, a multiple of 4 and of ``num_heads``.
+        depth: Number of blocks.
+        num_heads: Attention heads of each block.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        *,
+        patch_size: int,
+        encoder_dim: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"decoder_dim={dim} must be a multiple of decoder_heads={num_heads}")
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_position(grid, dim), requires_grad=False)
+        self.blocks = nn.Sequential(
+            *(Block(dim, num_heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth))
+        )
+        self.norm = norm_layer(dim)
+        self.head = nn.Linear(dim, 3 * patch_size**2)
+        nn.init.normal_(self.mask_token, std=0.02)
+        init_like_mae(self)
+
+    def forward(self, latent: Tensor, visible: Tensor) -> Tensor:
+        """Predict the pixels of every patch.
+
+        Args:
+            latent: Encoder features, shape (batch, 1 + visible patches, encoder dim).
+            visible: Indices of the visible patches, shape (batch, visible patches), int64.
+
+        Returns:
+            Shape (batch, patches, pixels of a patch).
+        """
+        tokens = self.embed(latent)
+        batch, _, dim = tokens.shape
+        hidden = self.mask_token.to(tokens.dtype).expand(batch, self.pos_embed.shape[1] - 1, dim)
+        patches = hidden.scatter(1, visible[:, :, None].expand(-1, -1, dim), tokens[:, 1:])
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(tokens))[:, 1:])

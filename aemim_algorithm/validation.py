@@ -1,0 +1,62 @@
+"""Checks of arguments that say what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+
+__all__ = ["nearest", "require_choice", "require_integer", "require_number", "require_per_channel"]
+
+
+def require_number(
+    name: str,
+    value: object,
+    *,
+    low: float,
+    high: float = math.inf,
+    low_open: bool = False,
+    unit: str = "",
+) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite real number in [low, high] or (low, high]."""
+    allowed = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if math.isinf(high) else ']'}{unit}"
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not (low < value if low_open else low <= value) or value > high:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} is out of range: expected a number in {allowed}")
+
+
+def require_integer(name: str, value: object, *, low: int) -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer of at least ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name}={value!r} is out of range: expected an integer >= {low}")
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``; names the nearest one."""
+    options = sorted(choices)
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(
+            f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, options))}"
+            f"{nearest(value, options)}"
+        )
+
+
+def require_per_channel(name: str, value: object, *, positive: bool = False) -> None:
+    """Raise ``ValueError`` unless ``value`` is a sequence of finite numbers, one for each channel."""
+    numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    for number in numbers or [None]:
+        low = 0.0 if positive else -math.inf
+        try:
+            require_number(name, number, low=low, low_open=positive)
+        except ValueError:
+            bound = "positive numbers" if positive else "numbers"
+            raise ValueError(
+                f"{name}={value!r} is out of range: expected a sequence of {bound}, one for each channel"
+            ) from None
+
+
+def nearest(value: object, options: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` for the option nearest to ``value``, or an empty string."""
+    close = difflib.get_close_matches(str(value), list(options), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
