@@ -132,7 +132,8 @@ def apply_adapters(
     if adapter == "none":
         return 0
     count = 0
-    for module in list(model.modules()):
+    copies = _modules_of_copies(model)
+    for module in [module for module in model.modules() if module not in copies]:
         if _is_norm(module) if adapter == "norm" else _has_class_token(module):
             _become_adapter(module, DualNorm if adapter == "norm" else DualClassToken)
             count += 1
@@ -192,8 +193,8 @@ def preserved_statistics(model: nn.Module, *, clean_only: bool = False) -> Itera
     """
     norms = [module for module in model.modules() if isinstance(module, _TORCH_NORMS[-1])]
     if clean_only:
-        copies = {id(m.adversarial) for m in model.modules() if isinstance(m, DualNorm)}
-        norms = [norm for norm in norms if id(norm) not in copies]
+        copies = _modules_of_copies(model)
+        norms = [norm for norm in norms if norm not in copies]
     kept = [dict(norm._buffers) for norm in norms]
     try:
         for norm in norms:
@@ -213,6 +214,11 @@ def adapters_of(model: nn.Module) -> list[Adapter]:
 def adversarial_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every adversarial copy of a model, in the order of its adapters."""
     return [copy for adapter in adapters_of(model) for _, copy in adapter.twins()]
+
+
+def _modules_of_copies(model: nn.Module) -> set[nn.Module]:
+    duals = [module for module in model.modules() if isinstance(module, DualNorm)]
+    return {module for dual in duals for module in dual.adversarial.modules()}
 
 
 def _is_norm(module: nn.Module) -> bool:

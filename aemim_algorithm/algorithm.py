@@ -145,12 +145,11 @@ class AEMIM(Algorithm):
         Raises:
             ValueError: If the model has no encoder, or nothing to adapt.
         """
-        path = self.encoder or find_encoder(model)
-        apply_adapters(model, self.adapter, optimizers)
         if self._model is not model:
+            tap = EncoderTap(model, self.encoder or find_encoder(model))
             self._model = model
             self._branch = AdversarialBranch(
-                EncoderTap(model, path),
+                tap,
                 epsilon=self.epsilon,
                 steps=self.steps,
                 step_size=self.step_size,
@@ -158,6 +157,7 @@ class AEMIM(Algorithm):
                 mean=self.mean,
                 std=self.std,
             )
+        apply_adapters(model, self.adapter, optimizers)
 
     def training_loss(
         self, model: ComposerModel, batch: Any, *, step: int, seed: int = 0

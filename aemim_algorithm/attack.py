@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aemim_algorithm.validation import require_integer, require_number, require_per_channel
 
-__all__ = ["linf_distance", "outside_pixel_range", "pgd_attack"]
+__all__ = ["at_least_float32", "linf_distance", "outside_pixel_range", "pgd_attack"]
 
 
 def pgd_attack(
@@ -61,7 +61,7 @@ def pgd_attack(
         step_size = 1.25 * epsilon / steps
     require_number("step_size", step_size, low=0, unit=" (1/255 of the pixel range)")
 
-    clean = images.detach().float()
+    clean = at_least_float32(images.detach())
     unit = _unit(clean, std)
     lower, upper = _bounds(clean, epsilon * unit, mean, std)
     if noise is None:
@@ -76,7 +76,7 @@ def pgd_attack(
 
 def linf_distance(adversarial: Tensor, images: Tensor, std: Sequence[float]) -> Tensor:
     """Largest perturbation of each sample, in 1/255 of the pixel range; shape (batch,), float32."""
-    difference = (adversarial.float() - images.float()) / _unit(images, std)
+    difference = (at_least_float32(adversarial) - at_least_float32(images)) / _unit(images, std)
     return difference.abs().flatten(1).amax(dim=1)
 
 
@@ -86,15 +86,21 @@ def outside_pixel_range(images: Tensor, mean: Sequence[float], std: Sequence[flo
     Returns:
         Scalar, in units of the pixel range: 0 if every pixel lies in [0, 1].
     """
-    pixels = images.float() * _per_channel(std, images, "std") + _per_channel(mean, images, "mean")
+    scale, center = _per_channel(std, images, "std"), _per_channel(mean, images, "mean")
+    pixels = at_least_float32(images) * scale + center
     return torch.maximum(-pixels.amin(), pixels.amax() - 1).clamp_min(0)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Widen half precision: its rounding is coarser than the steps inside the ball."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _image_gradient(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     images = images.detach().requires_grad_(True)
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(objective(images), images)
-    return gradient.float()
+    return at_least_float32(gradient)
 
 
 def _bounds(
@@ -116,11 +122,12 @@ def _unit(images: Tensor, std: Sequence[float]) -> Tensor:
 def _per_channel(values: Sequence[float], images: Tensor, name: str) -> Tensor:
     """Shape one value a channel so that it broadcasts over images or videos."""
     require_per_channel(name, values, positive=name == "std")
+    dtype = torch.promote_types(images.dtype, torch.float32)
     for axis in (-3, 1):  # (…, channels, height, width), else (batch, channels, frames, …)
         if images.ndim >= 4 and images.shape[axis] == len(values):
             shape = [1] * images.ndim
             shape[axis] = -1
-            return torch.tensor(values, dtype=torch.float32, device=images.device).view(shape)
+            return torch.tensor(values, dtype=dtype, device=images.device).view(shape)
     raise ValueError(
         f"{name}={tuple(values)} has {len(values)} values, but the images have shape "
         f"{tuple(images.shape)}: pass one value for each channel"

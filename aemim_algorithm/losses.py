@@ -1,6 +1,6 @@
 """Distances between features, the adversarial losses of Eq. 7, and the reduction of a model's loss.
 
-Each distance returns one value for each sample, summed over tokens and computed in float32: the sign of the
+Each distance returns one value for each sample, summed over tokens and computed in at least float32: the sign of the
 gradient ignores the scale of a loss, but a mean over thousands of features underflows in fp16.
 """
 
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from aemim_algorithm.attack import at_least_float32
 
 __all__ = ["DISTANCES", "kl_divergence", "l2_distance", "num_tokens", "total_loss"]
 
@@ -26,9 +28,9 @@ def l2_distance(features: Tensor, reference: Tensor) -> Tensor:
         reference: Clean features, the same shape.
 
     Returns:
-        Shape (batch,), float32.
+        Shape (batch,), float32 or wider.
     """
-    return (features.float() - reference.float()).square().flatten(1).sum(dim=1)
+    return (at_least_float32(features) - at_least_float32(reference)).square().flatten(1).sum(dim=1)
 
 
 def kl_divergence(features: Tensor, reference: Tensor) -> Tensor:
@@ -39,11 +41,11 @@ def kl_divergence(features: Tensor, reference: Tensor) -> Tensor:
         reference: Clean features, the same shape.
 
     Returns:
-        Shape (batch,), float32.
+        Shape (batch,), float32 or wider.
     """
     dim = _feature_dim(features)
-    log_probability = F.log_softmax(features.float(), dim=dim)
-    log_reference = F.log_softmax(reference.float(), dim=dim)
+    log_probability = F.log_softmax(at_least_float32(features), dim=dim)
+    log_reference = F.log_softmax(at_least_float32(reference), dim=dim)
     divergence = F.kl_div(log_probability, log_reference, reduction="none", log_target=True)
     return divergence.flatten(1).sum(dim=1)
 

@@ -101,6 +101,7 @@ class MAE(ComposerModel):
         images = images_in(batch)
         if mask is None:
             mask = random_mask(images.shape[0], self.num_patches, self.mask_ratio, device=images.device)
+        self._require_mask(mask, images.shape[0])
         visible = visible_indices(mask, self.num_visible)
         latent = self.encoder(images, visible)
         return {"prediction": self.decoder(latent, visible), "mask": mask}
@@ -123,6 +124,17 @@ class MAE(ComposerModel):
         error = (outputs["prediction"].float() - target).square().mean(dim=-1)
         hidden = outputs["mask"].to(error.dtype)
         return (error * hidden).sum() / hidden.sum()
+
+    def _require_mask(self, mask: Tensor, batch_size: int) -> None:
+        expected = (batch_size, self.num_patches)
+        if tuple(mask.shape) != expected:
+            raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {expected} (batch, patches)")
+        # Checked on the device: a GPU is not waited for.
+        torch._assert_async(
+            (mask.sum(dim=1) == self.num_patches - self.num_visible).all(),
+            f"every row of the mask must be one that leaves {self.num_visible} of {self.num_patches} "
+            "patches visible",
+        )
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """One FSDP unit per block, and one for the encoder, which AEMIM calls on its own."""
