@@ -180,6 +180,27 @@ class AEMIM(Algorithm):
         self._run_branch(model, batch, outputs)
         return self._combine(model, model.loss(outputs, batch))
 
+    def attack(
+        self, model: ComposerModel, batch: Any, *, step: int, seed: int = 0
+    ) -> tuple[Any, AdversarialPass]:
+        """Run a batch clean and attack all of it, without training on it.
+
+        Args:
+            model: A model that this object is attached to.
+            batch: A batch of the model.
+            step: Number that decides the noise, together with ``seed``.
+            seed: Seed of the noise.
+
+        Returns:
+            The clean outputs, and the adversarial pass.
+        """
+        branch = self._get_branch()
+        branch.start()
+        outputs = model(batch)
+        positions = torch.arange(first_dimension(batch))
+        noise = partial(_noise, seed=seed, batch=step, positions=positions)
+        return outputs, branch.finish(model, batch, outputs, noise=noise)
+
     def _on_init(self, state: State, logger: Logger) -> None:
         self.attach(_unwrapped(state.model), state.optimizers)
 
@@ -250,7 +271,7 @@ class AEMIM(Algorithm):
             model,
             batch,
             outputs,
-            noise=partial(self._noise, index=index + self._first + first),
+            noise=partial(_noise, seed=self._seed, batch=self._batch, positions=index + self._first + first),
             index=None if len(index) == size else index,
             precision=precision,
         )
@@ -269,10 +290,6 @@ class AEMIM(Algorithm):
             rng.restore()
         total = self.loss_ratio * clean + (1 - self.loss_ratio) * adversarial
         return {"total": total, "clean": clean.detach(), "adversarial": adversarial.detach()}
-
-    def _noise(self, images: Tensor, index: Tensor) -> Tensor:
-        positions = index.to(images.device)
-        return uniform_noise(images.shape, seed=self._seed, batch=self._batch, positions=positions)
 
     def _warn_once_of_range(self, images: Tensor) -> None:
         if self._range_checked:
@@ -308,6 +325,11 @@ class AEMIM(Algorithm):
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy starts unattached: hooks and tensors of a run belong to its model.
         return partial(AEMIM, **self._arguments()), ()
+
+
+def _noise(images: Tensor, *, seed: int, batch: int, positions: Tensor) -> Tensor:
+    positions = positions.to(images.device)
+    return uniform_noise(images.shape, seed=seed, batch=batch, positions=positions)
 
 
 def _unwrapped(model: Any) -> ComposerModel:

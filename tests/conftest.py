@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from composer import Trainer
+from composer.core import Algorithm
+from composer.models import ComposerModel
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from aemim_algorithm.models import MAE
 
@@ -26,6 +32,39 @@ def tiny_mae(seed: int = 0, **overrides: object) -> MAE:
     )
     decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
     return MAE(**(sizes | decoder | overrides))  # type: ignore[arg-type]
+
+
+def loader(count: int = 16, batch_size: int = 8) -> DataLoader:
+    """Batches of (images, labels)."""
+    data = TensorDataset(normalised_images(count), torch.arange(count))
+    return DataLoader(data, batch_size=batch_size)
+
+
+def fit(
+    model: ComposerModel,
+    *algorithms: Algorithm,
+    micro: int = 8,
+    seed: int = 7,
+    duration: str = "2ba",
+    **kwargs: Any,
+) -> Trainer:
+    """Train for a moment on the CPU."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=kwargs.pop("train_dataloader", loader()),
+        optimizers=optimizer,
+        algorithms=list(algorithms),
+        max_duration=duration,
+        device="cpu",
+        seed=seed,
+        device_train_microbatch_size=micro,
+        progress_bar=False,
+        **kwargs,
+    )
+    trainer.fit()
+    trainer.close()
+    return trainer
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from composer import Trainer
 from composer.core import Algorithm, Event, State
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
-from conftest import normalised_images, tiny_mae
+from conftest import fit, loader, normalised_images, tiny_mae
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -38,37 +38,6 @@ class Spy(Algorithm):
             assert all(p.grad is None for p in state.model.parameters())
         else:
             self.losses.append(state.loss)
-
-
-def loader(count: int = 16, batch_size: int = 8) -> DataLoader:
-    data = TensorDataset(normalised_images(count), torch.arange(count))
-    return DataLoader(data, batch_size=batch_size)
-
-
-def fit(
-    model: ComposerModel,
-    *algorithms: Algorithm,
-    micro: int = 8,
-    seed: int = 7,
-    duration: str = "2ba",
-    **kwargs: Any,
-) -> Trainer:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    trainer = Trainer(
-        model=model,
-        train_dataloader=kwargs.pop("train_dataloader", loader()),
-        optimizers=optimizer,
-        algorithms=list(algorithms),
-        max_duration=duration,
-        device="cpu",
-        seed=seed,
-        device_train_microbatch_size=micro,
-        progress_bar=False,
-        **kwargs,
-    )
-    trainer.fit()
-    trainer.close()
-    return trainer
 
 
 def perturbed(aemim: AEMIM, model: MAE, scale: float = 0.3) -> MAE:

@@ -6,6 +6,7 @@ below is written by hand; the noise is recomputed with Python integers.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def chosen_positions(ratio: float) -> list[int]:
     starts = [k * BATCH // count for k in range(count + 1)]
     return [
         start + ((hashed(start, 2, SEED, STEP) & 0xFFFFFFFF) * (end - start) >> 32)
-        for start, end in zip(starts[:-1], starts[1:], strict=True)
+        for start, end in itertools.pairwise(starts)
     ]
 
 

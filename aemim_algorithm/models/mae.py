@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from aemim_algorithm.models.masking import (
     images_in,
+    mask_images,
     normalize_patches,
     num_visible,
     patchify,
     random_mask,
+    unpatchify,
     visible_indices,
 )
 from aemim_algorithm.models.vit import MaskedViT, init_like_mae, sincos_position
@@ -124,6 +126,31 @@ class MAE(ComposerModel):
         error = (outputs["prediction"].float() - target).square().mean(dim=-1)
         hidden = outputs["mask"].to(error.dtype)
         return (error * hidden).sum() / hidden.sum()
+
+    def reconstruct(
+        self, outputs: dict[str, Tensor], batch: Any, *, visible_from: Tensor | None = None
+    ) -> Tensor:
+        """Put predicted hidden patches beside visible ones.
+
+        With ``norm_pixel_target`` the model predicts the structure of a patch only: the true mean and
+        standard deviation of each hidden patch are used to show it. Say so beside a picture.
+
+        Args:
+            outputs: What :meth:`forward` returned.
+            batch: The clean batch.
+            visible_from: Images whose visible patches are shown; those of the batch if ``None``.
+
+        Returns:
+            Normalised images, shape (batch, 3, height, width), float32.
+        """
+        images = images_in(batch).float()
+        prediction = outputs["prediction"].float()
+        if self.norm_pixel_target:
+            _, mean, std = normalize_patches(patchify(images, self.encoder.patch_size))
+            prediction = prediction * std + mean
+        predicted = unpatchify(prediction, self.encoder.patch_size, self.encoder.grid)
+        seen = images if visible_from is None else visible_from.float()
+        return mask_images(seen, outputs["mask"], self.encoder.patch_size, fill=predicted)
 
     def _require_mask(self, mask: Tensor, batch_size: int) -> None:
         expected = (batch_size, self.num_patches)
