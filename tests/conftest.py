@@ -24,14 +24,14 @@ def normalised_images(count: int, size: int = 16, seed: int = 0) -> Tensor:
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def tiny_mae(seed: int = 0, **overrides: object) -> MAE:
+def tiny_mae(seed: int = 0, kind: type[MAE] = MAE, **overrides: object) -> MAE:
     """A MAE of two small blocks on 16×16 images in 4×4 patches."""
     torch.manual_seed(seed)
     sizes: dict[str, object] = dict(  # noqa: C408
         image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2
     )
     decoder = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
-    return MAE(**(sizes | decoder | overrides))  # type: ignore[arg-type]
+    return kind(**(sizes | decoder | overrides))  # type: ignore[arg-type]
 
 
 def loader(count: int = 16, batch_size: int = 8) -> DataLoader:

@@ -70,11 +70,24 @@ def test_with_loss_ratio_one_a_run_equals_the_baseline_bitwise(aemim: AEMIM, mic
     assert all(torch.equal(stock[name], trained[name]) for name in stock)
 
 
-def test_without_budget_and_adapters_both_losses_are_equal() -> None:
-    aemim = AEMIM(epsilon=0, adapter="none", steps=1)
+class NoMaskArgument(MAE):
+    """Draws its mask in forward, where only a replay of the generators can repeat it."""
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("kind", [MAE, NoMaskArgument])
+def test_without_budget_and_adapters_both_losses_are_equal(kind: type[MAE]) -> None:
+    """Everything random must repeat: the mask, dropout in the encoder, dropout in the decoder."""
+    aemim, model = AEMIM(epsilon=0, adapter="none", steps=1), tiny_mae(kind=kind)
+    for block in (model.encoder.blocks[0], model.decoder.blocks[0]):
+        block.mlp.drop1.p = 0.3
     spy = Spy(aemim)
-    fit(tiny_mae(), aemim, spy)
-    for loss in spy.losses:
+    fit(model, aemim, spy)
+    for (_, outputs, result), loss in zip(spy.results, spy.losses, strict=True):
+        assert torch.equal(result.outputs["mask"], outputs["mask"])
+        assert not any(distance.any() for distance in result.distances)
         assert torch.allclose(loss["clean"], loss["adversarial"], rtol=1e-6)
         assert torch.allclose(loss["total"], loss["clean"], rtol=1e-6)
 
@@ -223,6 +236,48 @@ def test_a_mask_drawn_inside_the_encoder_is_the_same_in_both_passes() -> None:
         assert ratio < 1 or torch.equal(masks[0], masks[1])
         result = spy.results[0][2]
         assert result.distances[-1].mean() > 1.5 * result.distances[0].mean()
+
+
+class ConvolutionalMIM(ComposerModel):
+    """Batch normalization, and a mask that is drawn inside the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = MaskedConvolution()
+        self.decoder = nn.Conv2d(6, 3, 1)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.decoder(self.encoder(batch[0]))
+
+    def loss(self, outputs: Tensor, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return (outputs - batch[0]).square().mean()
+
+
+class MaskedConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.layer(images * (torch.rand(len(images), 1, 16, 16) < 0.5)))
+
+
+@pytest.mark.parametrize("adapter", ["norm", "none"])
+@pytest.mark.parametrize("ratio", [1.0, 0.25])
+def test_running_statistics_see_one_batch_a_step(adapter: str, ratio: float) -> None:
+    """Clean ones the clean batch, adversarial ones x_a: no attack step, no reference pass."""
+    torch.manual_seed(0)
+    model, baseline = ConvolutionalMIM(), ConvolutionalMIM()
+    baseline.load_state_dict(model.state_dict())
+    fit(model, AEMIM(adapter=adapter, adversarial_ratio=ratio, loss_ratio=1.0))
+    fit(baseline)
+    norm, stock = model.encoder.norm, baseline.encoder.norm
+    assert norm.num_batches_tracked == 2
+    assert torch.equal(norm.running_mean, stock.running_mean)
+    assert torch.equal(norm.running_var, stock.running_var)
+    if adapter == "norm":
+        assert norm.adversarial.num_batches_tracked == 2
+        assert not torch.allclose(norm.adversarial.running_var, stock.running_var, rtol=1e-4)
 
 
 def test_logs_losses_distances_and_perturbation() -> None:

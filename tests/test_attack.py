@@ -35,7 +35,7 @@ def test_stays_in_the_ball_and_the_pixel_range(images: Tensor, epsilon: float, s
     assert (difference <= epsilon + 1e-4).all()
     assert (difference > 0.9 * epsilon).all()  # the budget is used in every channel
     pixels = adversarial * STD + MEAN
-    assert -1e-6 <= pixels.min()
+    assert pixels.min() >= -1e-6
     assert pixels.max() <= 1 + 1e-6
     assert torch.allclose(linf_distance(adversarial, images, IMAGENET_DEFAULT_STD).max(), difference.max())
 

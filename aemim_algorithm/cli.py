@@ -1,0 +1,137 @@
+"""The command ``aemim``: pretrain, data, export.
+
+A user's error is one line on stderr. Exit code 2: the recipe or the command line is wrong; 1: the
+run failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from aemim_algorithm.layers import RecipeError
+
+if TYPE_CHECKING:
+    from aemim_algorithm.pretrain import Outputs
+
+__all__ = ["app", "main"]
+
+# The libraries behind the commands take seconds to import, so each command imports its own.
+
+app = typer.Typer(
+    help="Adversarial examples for masked image modeling, on MosaicML Composer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as max_duration=2ep")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the recipe and estimate its cost only")
+    ] = False,
+) -> None:
+    """Pre-train as a recipe says; again, to continue."""
+    from aemim_algorithm.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    try:
+        if dry_run:
+            from aemim_algorithm.dry_run import dry_run as report
+
+            print(report(loaded))
+        else:
+            from aemim_algorithm.pretrain import pretrain as run
+
+            _print_outputs(run(loaded))
+    except RecipeError as error:
+        raise RecipeError(f"{recipe}: {error}") from error
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="photos, an image folder, or a tar of one")],
+    out: Annotated[Path, typer.Argument(help="folder for the MDS shards")],
+    resize: Annotated[
+        int | None, typer.Option(min=1, help="short side in pixels; default: files as they are")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one per core")] = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="go on without the files that are no images")
+    ] = False,
+) -> None:
+    """Turn images into MDS shards for streaming."""
+    if source == "photos":
+        from aemim_algorithm.data.photos import write_photos
+
+        write_photos(out)
+    else:
+        from aemim_algorithm.data.convert import convert
+
+        convert(source, out, resize=resize, workers=workers, skip_broken=skip_broken)
+    print(f"wrote {out}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Composer checkpoint that you trust")],
+    out: Annotated[Path, typer.Argument(help="file to write")],
+    format: Annotated[Literal["timm"], typer.Option(help="whose parameter names")] = "timm",
+) -> None:
+    """Write a checkpoint's clean encoder as a state dict for another library."""
+    from aemim_algorithm.export import export_encoder
+
+    exported = export_encoder(checkpoint, out, format=format)
+    print(f"wrote {out}: {len(exported)} tensors")
+
+
+def main() -> None:
+    """Run the command line; what a user can put right ends in one line, not in a traceback."""
+    try:
+        app()  # ends in SystemExit; typer itself reports a wrong command line, with code 2
+    except Exception as error:
+        if os.environ.get("AEMIM_TRACEBACK") == "1" or not _is_expected(error):
+            raise
+        print(f"aemim: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, RecipeError) else 1)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is the user's or the machine's rather than a fault of the program."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, ValueError | OSError | FloatingPointError)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, RecipeError):
+        return text
+    if type(error).__name__ == "OutOfMemoryError":
+        text = f"out of memory; lower device_train_microbatch_size ({text.partition('. ')[0]})"
+    return f"{text} (AEMIM_TRACEBACK=1 shows where)"
+
+
+def _print_outputs(outputs: Outputs) -> None:
+    """The paths of what a run wrote, and its scores; from the first process only."""
+    from composer.utils import dist
+
+    if dist.get_global_rank() != 0:
+        return
+    if outputs.scores:
+        print(f"{'top-1, %':<16}{'k-NN':>8}{'linear probe':>15}")
+        for name, score in outputs.scores.items():
+            print(f"{name + ' encoder':<16}{score['knn']:>8.1f}{score['linear']:>15.1f}")
+    for name in ("recipe", "checkpoint", "encoder", "pictures"):
+        path = getattr(outputs, name)
+        if path.exists():
+            print(f"{name:<12}{path}")

@@ -1,0 +1,203 @@
+"""Folders of MDS shards: written whole or not at all, described, and checked before use.
+
+Everything is written into a hidden folder beside the target and renamed at the end, so a folder
+of shards that exists is complete. `conversion.json` in it tells what it was made from.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from streaming import MDSWriter
+
+__all__ = [
+    "COLUMNS",
+    "DESCRIPTION",
+    "Conversion",
+    "ConversionError",
+    "check_columns",
+    "check_shards",
+    "check_space",
+    "existing",
+    "staged",
+    "write_shards",
+]
+
+COLUMNS = {"image": "bytes", "label": "int"}
+DESCRIPTION = "conversion.json"
+
+
+class ConversionError(ValueError):
+    """Shards could not be written; the message is one line, and no shard was left behind."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a folder of shards holds.
+
+    Attributes:
+        samples: Number of images in the shards.
+        classes: Class names; a label is a position in them.
+        broken: Names of the source's files that were left out because they are not images.
+    """
+
+    samples: int
+    classes: tuple[str, ...]
+    broken: tuple[str, ...] = field(default=())
+
+
+def write_shards(
+    samples: Iterable[tuple[bytes, int]],
+    folder: Path,
+    *,
+    classes: tuple[str, ...],
+    made_from: dict[str, Any],
+    broken: list[str] | None = None,
+) -> Conversion:
+    """Write samples and their description into a folder, which the caller stages.
+
+    Args:
+        samples: Pairs of an image file's bytes and a label.
+        folder: An empty or missing folder.
+        classes: Class names by label.
+        made_from: What `existing` compares: source and options, no machine's paths.
+        broken: Names left out; read after the last sample, so `samples` may still fill it.
+
+    Returns:
+        What was written.
+    """
+    writer = MDSWriter(out=str(folder), columns=COLUMNS)
+    count = 0
+    try:
+        for image, label in samples:
+            writer.write({"image": image, "label": label})
+            count += 1
+        writer.finish()
+    finally:  # not `with MDSWriter`: its exit flushes again, onto the same full disk
+        writer.cancel_future_jobs()
+    conversion = Conversion(count, classes, tuple(broken or ()))
+    versions = {name: version(name) for name in ("mosaicml-streaming", "torchvision")}
+    description = {"made_from": made_from, **asdict(conversion), "versions": versions}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+    return conversion
+
+
+def existing(out: Path, made_from: dict[str, Any]) -> Conversion | None:
+    """Look for finished shards of the same source with the same options.
+
+    Args:
+        out: Where shards are to be written.
+        made_from: As given to `write_shards`.
+
+    Returns:
+        What is there, or None where nothing is (or an empty folder).
+
+    Raises:
+        ConversionError: Something else is there.
+    """
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        description = json.loads((out / DESCRIPTION).read_text(encoding="utf-8"))
+        complete = (out / "index.json").is_file() and description["made_from"] == made_from
+    except (OSError, ValueError, KeyError):
+        complete = False
+    if not complete:
+        raise ConversionError(
+            f"{out} exists and is no conversion of this source with these options: "
+            "remove it or choose another folder"
+        )
+    return Conversion(description["samples"], tuple(description["classes"]), tuple(description["broken"]))
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, renamed to it on success and removed on any exception.
+
+    Args:
+        out: The folder to make.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        ConversionError: The disk is full.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = out.parent / f".{out.name}.{os.getpid()}.partial"
+    stage.mkdir()
+    try:
+        yield stage
+        stage.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.rmtree(stage, ignore_errors=True)
+        raise ConversionError(_disk_full(out, "more needed")) from error
+    finally:  # also after KeyboardInterrupt; nothing is left to remove after the rename
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise `ConversionError` unless the disk that will hold `out` has `needed` bytes free."""
+    if needed > shutil.disk_usage(out.parent).free:
+        raise ConversionError(_disk_full(out, f"at least {needed / 2**20:,.1f} MiB needed"))
+
+
+def _disk_full(out: Path, detail: str) -> str:
+    free = shutil.disk_usage(out.parent).free / 2**20
+    return (
+        f"disk full while writing {out}: {free:,.1f} MiB free, {detail}; "
+        "nothing is left behind: free some space or choose another disk"
+    )
+
+
+def check_shards(folder: Path) -> list[dict[str, Any]]:
+    """Check that local shards are all there: at a gap streaming ends the epoch early, or hangs.
+
+    Args:
+        folder: Folder of the shards.
+
+    Returns:
+        The shards as the index describes them; at least one.
+
+    Raises:
+        ValueError: There is no index, a shard is missing or cut short, or there are no samples.
+    """
+    index = folder / "index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} has no index.json: expected shards that `aemim data` wrote")
+    try:
+        shards: list[dict[str, Any]] = json.loads(index.read_text(encoding="utf-8"))["shards"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is no index of shards: write the shards again") from error
+    if not sum(shard["samples"] for shard in shards):
+        raise ValueError(f"{folder} has no samples: write the shards again")
+    for shard in shards:
+        files = [shard[kind] for kind in ("raw_data", "zip_data") if shard.get(kind)]
+        if not any(_has_size(folder / file["basename"], file["bytes"]) for file in files):
+            name = files[0]["basename"]
+            raise ValueError(f"{folder}: {name} is missing or cut short: get it again")
+    return shards
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def check_columns(folder: str, columns: list[str]) -> None:
+    """Raise `ValueError` unless the shards have an image and a label."""
+    if not set(COLUMNS) <= set(columns):
+        raise ValueError(
+            f"{folder} has the columns {sorted(columns)}, expected {sorted(COLUMNS)}: "
+            "write the shards with `aemim data`"
+        )

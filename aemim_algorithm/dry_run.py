@@ -1,0 +1,133 @@
+"""What ``aemim pretrain --dry-run`` says: the recipe, its size, and what it expects to cost."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import torch
+from composer.utils import dist
+
+from aemim_algorithm.algorithm import AEMIM
+from aemim_algorithm.config import Recipe, recipe_yaml
+from aemim_algorithm.datasets import is_remote, is_shards
+from aemim_algorithm.estimate import Estimate, estimate, matmul_rate
+from aemim_algorithm.preflight import device_of, precision_of, prepare
+from aemim_algorithm.pretrain import learning_rate, microbatch_of
+
+__all__ = ["count_images", "dry_run"]
+
+_DTYPES = {"fp32": torch.float32, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
+
+
+def dry_run(recipe: Recipe, *, seconds: float = 1.0) -> str:
+    """Resolve and check a recipe, and estimate its cost, without training.
+
+    Args:
+        recipe: A loaded recipe.
+        seconds: How long to measure this device's speed.
+
+    Returns:
+        A report of several lines.
+
+    Raises:
+        RecipeError: If the recipe cannot run here.
+    """
+    parts = prepare(recipe)
+    algorithm = next((part for part in parts.algorithms if isinstance(part, AEMIM)), None)
+    cost = estimate(parts.model, image_size=recipe.model["image_size"], algorithm=algorithm)
+    device = device_of(recipe)
+    rate = matmul_rate(device, _DTYPES[precision_of(recipe)], seconds=seconds)
+    lines = [recipe_yaml(recipe), *_size(recipe, cost), *_memory(recipe, cost)]
+    return "\n".join([*lines, *_time(recipe, cost, rate, device)])
+
+
+def count_images(source: str) -> int | None:
+    """How many images a source holds, without opening one; ``None`` if only reading it would tell.
+
+    Args:
+        source: As in a recipe: shards, an image folder, a tar, a URL or ``photos``.
+
+    Returns:
+        The number of samples, or of files.
+    """
+    path = Path(source)
+    if is_shards(source):
+        shards = json.loads((path / "index.json").read_text(encoding="utf-8"))["shards"]
+        return sum(shard["samples"] for shard in shards)
+    if path.is_dir():
+        return sum(1 for file in path.rglob("*") if file.is_file())
+    if path.is_file() and not is_remote(source):
+        with tarfile.open(path) as archive:
+            return sum(1 for member in archive if member.isfile())
+    return None
+
+
+def _size(recipe: Recipe, cost: Estimate) -> list[str]:
+    return [
+        f"parameters: encoder {_millions(cost.encoder)}, decoder {_millions(cost.other)}, "
+        f"together {_millions(cost.encoder + cost.other)}; "
+        f"adversarial copies {_millions(cost.adversarial)}",
+        f"learning rate: {learning_rate(recipe):.3g} at its peak "
+        f"(base rate x {recipe.global_batch_size} / 256)",
+    ]
+
+
+def _memory(recipe: Recipe, cost: Estimate) -> list[str]:
+    micro = microbatch_of(recipe)
+    images = 1 if isinstance(micro, str) else micro
+    # Under autocast most of what is kept has half the width.
+    width = 1.0 if precision_of(recipe) == "fp32" else 0.5
+    activations = images * cost.activation_bytes * width
+    total = _gibibytes(cost.state_bytes + activations)
+    return [
+        f"memory per device: about {total} = {_gibibytes(cost.state_bytes)} weights, gradients and "
+        f"AdamW's moments + {_gibibytes(activations)} activations of {images} images",
+        "  an estimate: not sharded, attention matrices stored, "
+        "no buffers of the allocator or of communication",
+    ]
+
+
+def _time(recipe: Recipe, cost: Estimate, rate: float, device: torch.device) -> list[str]:
+    world = dist.get_world_size()
+    step = recipe.global_batch_size * cost.flops / (rate * world)
+    images = count_images(recipe.data.source)
+    total = _total_images(recipe, images)
+    run = (
+        "unknown before the data is converted"
+        if total is None
+        else _duration(total * cost.flops / (rate * world))
+    )
+    return [
+        f"compute: {cost.flops / 1e9:.2f} GFLOP per image, {cost.flops_ratio:.2f} x the same "
+        "step without AEMIM",
+        f"time: at least {_duration(step)} per step of {recipe.global_batch_size} images, "
+        f"the whole run {run}",
+        f"  an estimate: {world} x {device.type} at the {rate / 1e12:.2f} TFLOP/s just measured on "
+        "matrix products, no waiting for data: a lower bound",
+    ]
+
+
+def _total_images(recipe: Recipe, images: int | None) -> int | None:
+    amount, unit = int(recipe.max_duration[:-2]), recipe.max_duration[-2:]
+    if unit == "ba":
+        return amount * recipe.global_batch_size
+    if unit == "sp":
+        return amount
+    return None if images is None else amount * images
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
+def _gibibytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.2g} s"

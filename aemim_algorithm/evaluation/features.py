@@ -1,0 +1,116 @@
+"""Features of a frozen encoder: the average of its patch tokens.
+
+The class token is left out: masked image modeling puts no loss on it, so what stands there is
+not trained for anything, while the patch tokens are.
+
+Cost: one unmasked encoder forward per image, without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_features", "evaluating", "extract_features"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode within the block; afterwards every submodule has the mode that it had before.
+
+    `module.train()` would not do: it would also wake the layers that the user has frozen.
+    """
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def extract_features(
+    encoder: nn.Module,
+    loader: Iterable[Batch],
+    *,
+    normalize: Callable[[Batch], Batch],
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    """Run a frozen encoder over a data set.
+
+    Args:
+        encoder: maps normalised images, shape (batch, 3, height, width), to tokens, shape
+            (batch, prefix + patches, dim), after its final normalization; it has to be on
+            `device`. `encoder.num_prefix_tokens` (timm's name; 1 where it is missing) says how
+            many tokens are no patches.
+        loader: yields (images, labels), images uint8 of shape (batch, 3, height, width).
+        normalize: maps a batch of the loader, images on ``device``, to one whose images the encoder
+            takes: :class:`~aemim_algorithm.data.transforms.Normalize`.
+        device: where the encoder runs.
+
+    Returns:
+        Features, shape (n, dim), float32, and labels, shape (n,), int64, both on the CPU and in
+        the loader's order.
+
+    Raises:
+        ValueError: if the encoder is on another device, returns no tokens, or the loader is empty.
+    """
+    device = torch.device(device)
+    _check_device(encoder, device)
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    with evaluating(encoder), torch.no_grad():
+        for images, targets in loader:
+            normalised, _ = normalize((images.to(device), targets))
+            features.append(_average_patches(encoder, encoder(normalised)).cpu())
+            labels.append(torch.as_tensor(targets, dtype=torch.int64))
+    if not features:
+        raise ValueError("got a loader without batches; expected at least one image to evaluate on")
+    return torch.cat(features), torch.cat(labels)
+
+
+def check_features(features: Tensor, labels: Tensor, *, split: str) -> None:
+    """Refuse what no accuracy can be computed from.
+
+    Args:
+        features: shape (n, dim).
+        labels: shape (n,), integers from 0.
+        split: what the message calls them, "train" or "test".
+
+    Raises:
+        ValueError: if shapes do not fit, there is no sample, a feature is not finite or a label
+            is negative.
+    """
+    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(features):
+        raise ValueError(
+            f"got {split} features of shape {tuple(features.shape)} and labels of shape "
+            f"{tuple(labels.shape)}; expected (n, dim) and (n,) with n > 0"
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(f"got {split} features that are not finite; has the pre-training diverged?")
+    if labels.is_floating_point() or int(labels.min()) < 0:
+        raise ValueError(f"got {split} labels {labels.dtype}; expected integers from 0")
+
+
+def _average_patches(encoder: nn.Module, tokens: Tensor) -> Tensor:
+    prefix = int(getattr(encoder, "num_prefix_tokens", 1))
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1] <= prefix:
+        got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(
+            f"got {got} from the encoder; expected tokens of shape (batch, {prefix} + patches, dim)"
+        )
+    return tokens[:, prefix:].float().mean(dim=1)
+
+
+def _check_device(encoder: nn.Module, device: torch.device) -> None:
+    found = {parameter.device.type for parameter in encoder.parameters()}
+    if found - {device.type}:
+        raise ValueError(
+            f"got an encoder on {sorted(found)}; expected it on {device.type!r}: "
+            "move it, or pass the device that it is on"
+        )

@@ -1,0 +1,143 @@
+"""The layers of a recipe: YAML files over their ``bases``, ``key=value`` overrides, a strict merge.
+
+Knows nothing of what a recipe means: any omegaconf structured config can be the schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+__all__ = [
+    "RecipeError",
+    "file_layers",
+    "first_line",
+    "merge_strictly",
+    "nearest",
+    "override_layers",
+]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; its message is one line."""
+
+
+def merge_strictly(schema: DictConfig, layer: DictConfig, *, origin: str) -> DictConfig:
+    """Merge values onto a typed config.
+
+    Args:
+        schema: Structured config.
+        layer: The values to set.
+        origin: Where they come from, for the message.
+
+    Returns:
+        A new config.
+
+    Raises:
+        RecipeError: For an unknown key, naming the nearest known one, or a value of a wrong type.
+    """
+    try:
+        return cast(DictConfig, OmegaConf.merge(schema, layer))
+    except ConfigKeyError as error:
+        message = _unknown_key(schema, str(error.full_key))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        key = getattr(error, "full_key", None) or _offending_key(schema, layer)
+        message = f"{key}: {first_line(error)}"
+    raise RecipeError(f"{origin}: {message}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest known one, or all of them."""
+    candidates = sorted(known)
+    longer = [candidate for candidate in candidates if name in candidate]
+    close = longer[:1] or get_close_matches(name, candidates, n=1, cutoff=0.65)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(candidates) or 'none'}"
+
+
+def _unknown_key(schema: DictConfig, full_key: str) -> str:
+    parent, _, name = full_key.rpartition(".")
+    section = OmegaConf.select(schema, parent) if parent else schema
+    return f"unknown key {full_key!r}; {nearest(name, map(str, section))}"
+
+
+def _offending_key(schema: DictConfig, layer: DictConfig) -> str:
+    """The first top-level key or entry of a section that fails on its own."""
+    for key, value in _entries(layer):
+        try:
+            OmegaConf.merge(schema, _nested(key, value))
+        except (OmegaConfBaseException, ValueError, TypeError):
+            return key
+    return "recipe"
+
+
+def _entries(layer: DictConfig) -> Iterator[tuple[str, Any]]:
+    for key, value in cast(dict[str, Any], OmegaConf.to_container(layer)).items():
+        if isinstance(value, dict) and value:
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield str(key), value
+
+
+def _nested(key: str, value: Any) -> DictConfig:
+    section, _, name = key.partition(".")
+    return OmegaConf.create({section: {name: value} if name else value})
+
+
+def file_layers(path: Path, chain: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
+    """The layers of a file, its bases first, each with its origin for messages.
+
+    Args:
+        path: YAML file; its key ``bases`` lists further files, relative to itself.
+        chain: The files that asked for this one.
+
+    Yields:
+        Origin and layer, in the order in which they are to be merged.
+
+    Raises:
+        RecipeError: For a missing or unreadable file, or a cycle of bases.
+    """
+    named_by = f" (a base of {chain[-1]})" if chain else ""
+    if path.resolve() in [file.resolve() for file in chain]:
+        raise RecipeError(f"{path}: bases form a cycle: {' -> '.join(map(str, [*chain, path]))}")
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file{named_by}")
+    layer = _read(path)
+    bases = layer.pop("bases", None) or []
+    if isinstance(bases, str):
+        raise RecipeError(f"{path}: bases: expected a list of files, got {bases!r}")
+    for base in bases:
+        yield from file_layers(path.parent / str(base), (*chain, path))
+    yield str(path), layer
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        layer = OmegaConf.load(path)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(layer, DictConfig):
+        raise RecipeError(f"{path}: expected `key: value` lines, got a list")
+    return layer
+
+
+def override_layers(overrides: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
+    """The layers of ``key=value`` overrides, each with its origin for messages."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not (key and equals):
+            raise RecipeError(f"override {override!r}: expected key=value")
+        try:
+            yield f"override {override!r}", OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise RecipeError(f"override {override!r}: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without its further lines."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,240 @@
+"""Pre-training as a recipe says: shards, model, Trainer, checkpoints, encoder file, evaluation."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from composer import Trainer
+from composer.core import DataSpec
+from composer.models import ComposerModel
+from composer.optim import (
+    ComposerScheduler,
+    CosineAnnealingScheduler,
+    CosineAnnealingWithWarmupScheduler,
+)
+from composer.utils import dist, get_device, reproducibility
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.optim import AdamW
+
+from aemim_algorithm.callbacks import FiniteLoss
+from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
+from aemim_algorithm.config import Recipe, save_recipe
+from aemim_algorithm.data.streaming import train_data
+from aemim_algorithm.datasets import is_remote, test_shards, train_shards
+from aemim_algorithm.evaluation import evaluate_encoder
+from aemim_algorithm.export import export_encoder
+from aemim_algorithm.preflight import device_of, precision_of, prepare
+from aemim_algorithm.registry import Parts
+
+__all__ = [
+    "Outputs",
+    "build_trainer",
+    "learning_rate",
+    "microbatch_of",
+    "parameter_groups",
+    "pretrain",
+]
+
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a run left.
+
+    ``scores`` holds top-1 in percent, ``{"trained": {"knn": …, "linear": …}, "random": …}``, or
+    nothing without a final evaluation and on ranks other than the first.
+    """
+
+    recipe: Path
+    checkpoint: Path
+    encoder: Path
+    pictures: Path
+    scores: Scores
+
+
+def pretrain(recipe: Recipe) -> Outputs:
+    """Run a recipe from its data to the encoder file; again with the same recipe, continue it.
+
+    Args:
+        recipe: A loaded recipe.
+
+    Returns:
+        The paths of what was written, and the scores.
+
+    Raises:
+        RecipeError: If the recipe cannot run here; before any data is read or a model is built.
+        ConversionError: If the source of the data cannot be converted.
+        FloatingPointError: If a loss is not finite.
+    """
+    parts = prepare(recipe)
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(get_device(recipe.device))
+    train_folder, test_folder = train_shards(recipe.data), test_shards(recipe.data)
+    trainer = build_trainer(recipe, parts, train_folder)
+    folder = Path(recipe.save_folder)
+    if dist.get_global_rank() == 0:
+        save_recipe(recipe, folder / "recipe.yaml")
+    try:
+        _fit(trainer)
+        encoder = folder / "encoder.pt"
+        state = _full_state(trainer.state.model)
+        scores: Scores = {}
+        if dist.get_global_rank() == 0:
+            exported = export_encoder(state, encoder)
+            if recipe.evaluate and test_folder is not None:
+                scores = _compare(recipe, parts, exported, (train_folder, test_folder))
+    finally:
+        trainer.close()
+    return Outputs(
+        recipe=folder / "recipe.yaml",
+        checkpoint=folder / "latest-rank0.pt",
+        encoder=encoder,
+        pictures=folder / "pictures",
+        scores=scores,
+    )
+
+
+def build_trainer(recipe: Recipe, parts: Parts, train_folder: Path) -> Trainer:
+    """The Trainer of a recipe; AEMIM's adapters are in place when it returns.
+
+    Args:
+        recipe: A loaded recipe.
+        parts: Its parts.
+        train_folder: Folder of the training shards.
+
+    Returns:
+        A Trainer whose ``fit`` starts the run, or continues it from its last checkpoint.
+    """
+    model = _seeded_model(recipe, parts)
+    interactive = sys.stderr.isatty()
+    randomness = RestoredRandomness()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=_data(recipe, train_folder),
+        max_duration=recipe.max_duration,
+        optimizers=_optimizer(recipe, model),
+        schedulers=_scheduler(recipe),
+        algorithms=parts.algorithms,
+        callbacks=[FiniteLoss(), randomness, *parts.callbacks],
+        loggers=parts.loggers,
+        run_name=recipe.run_name,
+        seed=recipe.seed,
+        device=recipe.device,
+        precision=precision_of(recipe),
+        device_train_microbatch_size=microbatch_of(recipe),
+        parallelism_config=parts.parallelism,
+        compile_config={} if recipe.compile else None,
+        save_folder=recipe.save_folder,
+        save_interval=recipe.save_interval,
+        autoresume=recipe.autoresume,
+        progress_bar=interactive,
+        log_to_console=not interactive,
+        console_log_interval="1ep",
+    )
+    randomness.take_over(trainer)
+    return trainer
+
+
+def learning_rate(recipe: Recipe) -> float:
+    """The peak learning rate, by the linear rule: base rate · global batch / 256."""
+    return recipe.optimizer.base_learning_rate * recipe.global_batch_size / 256
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices with weight decay; biases, norms, tokens and positions without."""
+    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    decayed = [value for name, value in trained if not _spared(name, value)]
+    spared = [value for name, value in trained if _spared(name, value)]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+
+
+def _spared(name: str, value: Tensor) -> bool:
+    return value.ndim <= 1 or name.endswith(("_token", "pos_embed"))
+
+
+def _seeded_model(recipe: Recipe, parts: Parts) -> ComposerModel:
+    reproducibility.seed_all(recipe.seed)
+    return parts.model()
+
+
+def _data(recipe: Recipe, folder: Path) -> DataSpec:
+    data = recipe.data
+    return train_data(
+        folder,
+        image_size=recipe.model["image_size"],
+        batch_size=recipe.global_batch_size // dist.get_world_size(),
+        mean=data.mean,
+        std=data.std,
+        remote=data.source if is_remote(data.source) else None,
+        seed=recipe.seed,
+        workers=data.workers,
+        crop_scale=data.crop_scale,
+    )
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> AdamW:
+    return AdamW(
+        parameter_groups(model, weight_decay=recipe.optimizer.weight_decay),
+        lr=learning_rate(recipe),
+        betas=recipe.optimizer.betas,
+    )
+
+
+def _scheduler(recipe: Recipe) -> ComposerScheduler:
+    warmup = recipe.schedule.warmup
+    final = recipe.schedule.min_learning_rate / learning_rate(recipe)
+    if warmup.startswith("0") and not warmup.endswith("dur"):
+        return CosineAnnealingScheduler(alpha_f=final)
+    return CosineAnnealingWithWarmupScheduler(t_warmup=warmup, alpha_f=final)
+
+
+def microbatch_of(recipe: Recipe) -> int | str:
+    """Images per forward pass and device, or ``auto``."""
+    per_device = recipe.global_batch_size // dist.get_world_size()
+    size = recipe.device_train_microbatch_size or per_device
+    return size if isinstance(size, str) else min(size, per_device)
+
+
+def _fit(trainer: Trainer) -> None:
+    state = trainer.state
+    # A finished run that is started again has nothing left to train; Composer calls that an error.
+    if state.max_duration is not None and state.timestamp < state.max_duration:
+        trainer.fit()
+
+
+def _full_state(model: nn.Module) -> dict[str, Any]:
+    """The whole state dict, gathered from all ranks; every rank must call this."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _compare(
+    recipe: Recipe,
+    parts: Parts,
+    exported: dict[str, Tensor],
+    folders: tuple[Path, Path],
+) -> Scores:
+    """Scores of the trained encoder and of the very initialisation that it started from."""
+    device = device_of(recipe)
+    encoder: Any = _seeded_model(recipe, parts).encoder
+
+    def scores() -> dict[str, float]:
+        return evaluate_encoder(
+            encoder.to(device).eval(),
+            *folders,
+            image_size=recipe.model["image_size"],
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            device=device,
+        )
+
+    random = scores()
+    encoder.load_state_dict(exported)
+    return {"trained": scores(), "random": random}

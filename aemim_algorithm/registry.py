@@ -1,0 +1,173 @@
+"""From the names and options of a recipe to the objects that a Trainer takes.
+
+Options are checked against the signature of what they are for, so a misspelt or mistyped one is a
+:class:`RecipeError` with the nearest known name, before data is read or a model is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import composer.algorithms
+import composer.callbacks
+import composer.loggers
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from composer.models import ComposerModel
+from composer.utils import FSDP2Config, FSDPConfig
+
+from aemim_algorithm.algorithm import AEMIM
+from aemim_algorithm.callbacks import ReconstructionPictures
+from aemim_algorithm.config import Recipe
+from aemim_algorithm.layers import RecipeError, first_line, nearest
+from aemim_algorithm.models import MODELS
+from aemim_algorithm.options import check_options
+
+__all__ = [
+    "ALGORITHMS",
+    "CALLBACKS",
+    "LOGGERS",
+    "Parts",
+    "build_parts",
+    "model_builder",
+    "snake_case",
+]
+
+Builder = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe names, built: ready for the Trainer."""
+
+    model: Callable[[], ComposerModel]
+    algorithms: list[Algorithm]
+    callbacks: list[Callback]
+    loggers: list[LoggerDestination]
+    parallelism: dict[str, Any] | None
+
+
+def build_parts(recipe: Recipe) -> Parts:
+    """Build everything that a recipe names, except the model.
+
+    Args:
+        recipe: A loaded recipe.
+
+    Returns:
+        The objects, and a function that builds the model.
+
+    Raises:
+        RecipeError: For an unknown name or option, or a value that its owner refuses; one line.
+    """
+    pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
+    pictures = {"folder": str(Path(recipe.save_folder, "pictures"))}
+    return Parts(
+        model=model_builder(recipe),
+        algorithms=_build_all("algorithms", recipe.algorithms, ALGORITHMS, {"aemim": pixels}),
+        callbacks=_build_all(
+            "callbacks", recipe.callbacks, CALLBACKS, {"reconstruction_pictures": pixels | pictures}
+        ),
+        loggers=_build_all("loggers", recipe.loggers, LOGGERS, {}),
+        parallelism=_parallelism(recipe.parallelism),
+    )
+
+
+def model_builder(recipe: Recipe) -> Callable[[], ComposerModel]:
+    """The function that builds a recipe's model; its name and options are checked now."""
+    options = dict(recipe.model)
+    name = options.pop("name", None)
+    if name not in MODELS:
+        hint = nearest(str(name), MODELS)
+        raise RecipeError(f"model.name={name}: unknown model; {hint}")
+    if not isinstance(options.get("image_size"), int):
+        size = options.get("image_size")
+        raise RecipeError(f"model.image_size={size}: expected the side of the images, in pixels")
+    builder = MODELS[name]
+    checked = check_options(builder, options, key="model")
+    return lambda: builder(**checked)
+
+
+def snake_case(name: str) -> str:
+    """``GradientClipping`` -> ``gradient_clipping``, ``NaNMonitor`` -> ``nan_monitor``."""
+    return re.sub(r"(?<=.)(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _of_module(module: Any, base: type) -> dict[str, Builder]:
+    members = (getattr(module, name) for name in module.__all__)
+    return {
+        snake_case(member.__name__): member
+        for member in members
+        if inspect.isclass(member) and issubclass(member, base) and member is not base
+    }
+
+
+ALGORITHMS = _of_module(composer.algorithms, Algorithm) | {"aemim": AEMIM}
+CALLBACKS = _of_module(composer.callbacks, Callback) | {"reconstruction_pictures": ReconstructionPictures}
+LOGGERS = _of_module(composer.loggers, LoggerDestination)
+
+
+def _build_all(
+    section: str,
+    named: Mapping[str, dict[str, Any] | None],
+    known: Mapping[str, Builder],
+    given: Mapping[str, dict[str, Any]],
+) -> list[Any]:
+    """Build the parts of one section; ``given`` holds what the rest of the recipe determines."""
+    return [
+        _build(f"{section}.{name}", _find(section, name, known), options or {}, given)
+        for name, options in named.items()
+    ]
+
+
+def _find(section: str, name: str, known: Mapping[str, Builder]) -> tuple[str, Builder]:
+    """A part by its name, in snake_case or CamelCase."""
+    by_letters = {key.replace("_", ""): key for key in known}
+    key = by_letters.get(name.replace("_", "").lower())
+    if key is None:
+        raise RecipeError(f"{section}.{name}: unknown; {nearest(snake_case(name), known)}")
+    return key, known[key]
+
+
+def _build(
+    key: str,
+    found: tuple[str, Builder],
+    options: dict[str, Any],
+    given: Mapping[str, dict[str, Any]],
+) -> Any:
+    name, builder = found
+    determined = given.get(name, {})
+    if fixed := [option for option in ("mean", "std") if option in options and determined]:
+        raise RecipeError(f"{key}.{fixed[0]}: set data.{fixed[0]}, which holds here as well")
+    accepted = {
+        option: value
+        for option, value in determined.items()
+        if option in inspect.signature(builder).parameters
+    }
+    checked = accepted | check_options(builder, options, key=key)
+    try:
+        return builder(**checked)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{key}: {first_line(error)}") from error
+
+
+def _parallelism(named: Mapping[str, dict[str, Any] | None] | None) -> dict[str, Any] | None:
+    """Composer's form: under the key ``fsdp`` in both cases, the class tells which one it is."""
+    if not named:
+        return None
+    known: dict[str, Builder] = {"fsdp2": FSDP2Config, "fsdp": FSDPConfig}
+    if len(named) > 1:
+        raise RecipeError(f"parallelism: expected one of {', '.join(known)}, got {list(named)}")
+    ((name, options),) = named.items()
+    if name not in known:
+        raise RecipeError(f"parallelism.{name}: unknown; {nearest(name, known)}")
+    if options and options.get("load_monolith_rank0_only"):
+        raise RecipeError(
+            f"parallelism.{name}.load_monolith_rank0_only=true: leaves wrong weights on all ranks "
+            "but the first; leave it out"
+        )
+    return {"fsdp": known[name](**check_options(known[name], options or {}, key=f"parallelism.{name}"))}

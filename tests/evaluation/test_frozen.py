@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_mae
+from torch import Tensor
+from torchvision.io import encode_png
+
+from aemim_algorithm.data.shards import write_shards
+from aemim_algorithm.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from aemim_algorithm.evaluation import evaluate_encoder, knn_accuracy, linear_probe_accuracy
+
+
+def noisy_colours(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images whose class is a colour under much noise, uint8 of shape (count, 3, 16, 16)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    noise = torch.rand(count, 3, 16, 16, generator=generator) * 150
+    tint = torch.randn(count, 3, 1, 1, generator=generator) * 12
+    colours = torch.eye(3)[labels] * 25 + 50
+    return (noise + tint + colours[:, :, None, None]).clamp(0, 255).to(torch.uint8), labels
+
+
+def shards(folder: Path, images: Tensor, labels: Tensor) -> Path:
+    samples = [
+        (encode_png(image).numpy().tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
+    ]
+    write_shards(samples, folder, classes=("red", "green", "blue"), made_from={})
+    return folder
+
+
+def test_scores_are_those_of_the_patch_averages(tmp_path: Path) -> None:
+    (train, labels), (test, targets) = noisy_colours(90, seed=0), noisy_colours(45, seed=1)
+    encoder = tiny_mae().encoder.train()
+    scores = evaluate_encoder(
+        encoder,
+        shards(tmp_path / "train", train, labels),
+        shards(tmp_path / "test", test, targets),
+        image_size=16,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        batch_size=32,
+    )
+    assert encoder.training
+
+    def features(images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
+        with torch.no_grad():
+            return encoder((images / 255 - mean) / std)[:, 1:].mean(dim=1)
+
+    splits = (features(train), labels, features(test), targets)
+    assert scores.keys() == {"knn", "linear"}
+    # One test image is 2.2%; rounding may move one that lies on a border.
+    assert scores["knn"] == pytest.approx(knn_accuracy(*splits), abs=2.3)
+    assert scores["linear"] == pytest.approx(linear_probe_accuracy(*splits), abs=2.3)
+    assert 50 < min(scores.values()) < 100

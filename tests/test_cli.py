@@ -1,0 +1,187 @@
+"""The command line: what it prints, how it ends, and that a wrong recipe costs nothing."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.io import write_png
+
+from aemim_algorithm import cli, datasets
+from aemim_algorithm.config import load_recipe
+from aemim_algorithm.models import MAE
+
+RECIPE = """
+model: {name: mae_vit_tiny_patch4, image_size: 16, embed_dim: 32, depth: 1, num_heads: 2}
+data: {source: photos, crop_scale: [0.5, 1.0]}
+algorithms: {aemim: }
+optimizer: {base_learning_rate: 0.01, weight_decay: 0.05, betas: [0.9, 0.95]}
+schedule: {warmup: 1ba, min_learning_rate: 0.0}
+max_duration: 2ba
+global_batch_size: 4
+device: cpu
+"""
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def aemim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["aemim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for number in range(8):
+        picture = tmp_path / "images" / str(number % 2) / f"{number}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        write_png(torch.full((3, 20, 20), 30 * number, dtype=torch.uint8), str(picture))
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The signature stays, as options are checked against it.
+    @functools.wraps(MAE.__init__)
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("data was read or a model was built")
+
+    monkeypatch.setattr(datasets, "convert", refuse)
+    monkeypatch.setattr(datasets, "write_photos", refuse)
+    monkeypatch.setattr(MAE, "__init__", refuse)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimiser.betas=3", "did you mean 'optimizer'?"),
+        ("max_duration=long", "max_duration=long: expected a duration"),
+        ("data.source=no/such/folder", "data.source=no/such/folder: expected"),
+        ("model.name=mae_vit_tiny", "did you mean 'mae_vit_tiny_patch4'?"),
+        ("model.mask_ration=0.5", "did you mean 'mask_ratio'?"),
+        ("model.mask_ratio=most", "mask_ratio: Value 'most'"),
+        ("model.image_size=null", "model.image_size=None: expected"),
+        ("algorithms.aemmi=null", "did you mean 'aemim'?"),
+        ("algorithms.aemim.epsilom=3", "did you mean 'epsilon'?"),
+        ("algorithms.aemim.epsilon=-1", "epsilon=-1.0"),
+        ("algorithms.aemim.steps=1.5", "steps: Value '1.5'"),
+        ("algorithms.aemim.mean=[0, 0, 0]", "algorithms.aemim.mean: set data.mean"),
+        ("algorithms.gradient_clipping=null", "gradient_clipping.clipping_type has no value"),
+        ("algorithms.gradient_cliping=null", "did you mean 'gradient_clipping'?"),
+        ("callbacks.speed_monitor.window=3", "did you mean 'window_size'?"),
+        ("callbacks.nan_monitor.interval=3", "unknown key 'interval'"),
+        ("loggers.wandb=null", "did you mean 'wandb_logger'?"),
+        ("parallelism.ddp=null", "known: fsdp, fsdp2"),
+        ("parallelism.fsdp2.reshard=true", "did you mean 'reshard_after_forward'?"),
+        ("parallelism.fsdp2.load_monolith_rank0_only=true", "leave it out"),
+        ("precision=amp_bf16", "precision=amp_bf16: expected fp32"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_and_code_2(
+    aemim: Command, recipe: Path, override: str, said: str
+) -> None:
+    code, out, err = aemim("pretrain", recipe, override)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert said in err
+    assert str(recipe) in err or override in err
+    assert list(recipe.parent.iterdir()) == [recipe]
+
+
+def test_a_recipe_that_is_not_there_is_one_line_and_code_2(aemim: Command, tmp_path: Path) -> None:
+    code, _, err = aemim("pretrain", tmp_path / "gone.yaml")
+    assert code == 2
+    assert err == f"aemim: {tmp_path / 'gone.yaml'}: no such recipe file\n"
+
+
+def test_a_wrong_command_line_is_code_2(aemim: Command) -> None:
+    assert aemim("pretrian")[0] == 2
+    assert aemim("pretrain")[0] == 2
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_traceback_is_there_for_whoever_asks(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AEMIM_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["aemim", "pretrain", str(recipe), "seed=x"])
+    with pytest.raises(ValueError, match="seed"):
+        cli.main()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_the_refusal_would_have_been_seen(aemim: Command, recipe: Path) -> None:
+    with pytest.raises(AssertionError, match="data was read"):
+        aemim("pretrain", recipe)
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(AttributeError):
+        cli.main()
+
+
+def test_a_dry_run_says_what_a_run_would_cost(aemim: Command, recipe: Path) -> None:
+    code, out, _ = aemim("pretrain", recipe, "--dry-run")
+    assert code == 0
+    resolved = recipe.parent / "resolved.yaml"
+    resolved.write_text(out.partition("\nparameters:")[0])
+    assert load_recipe(resolved, ["run_name=tiny"]) == load_recipe(recipe)
+    for word in ("encoder", "decoder", "adversarial copies", "memory per device", "GFLOP", "time:"):
+        assert word in out
+    assert out.count("an estimate") == 2
+    assert {path.name for path in recipe.parent.iterdir()} == {"tiny.yaml", "resolved.yaml"}
+
+
+def test_from_images_to_an_encoder_file(aemim: Command, recipe: Path, images: Path) -> None:
+    code, out, err = aemim("data", images, "shards", "--workers", "1")
+    assert (code, out) == (0, "wrote shards\n")
+    code, out, err = aemim("pretrain", recipe, "data.source=shards", "data.workers=0")
+    assert code == 0, err
+    for name in ("recipe.yaml", "latest-rank0.pt", "encoder.pt"):
+        path = Path("runs/tiny", name)
+        assert path.exists()
+        assert str(path) in out
+    assert aemim("export", "runs/tiny/latest-rank0.pt", "other.pt")[0] == 0
+    one, other = (torch.load(name, weights_only=True) for name in ("runs/tiny/encoder.pt", "other.pt"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_that_fails_is_one_line_and_code_1(aemim: Command, recipe: Path, images: Path) -> None:
+    (images / "0" / "broken.png").write_text("no image")
+    code, _, err = aemim("pretrain", recipe, f"data.source={images}", "data.workers=0")
+    assert code == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("aemim: ")
+    assert "broken" in err.splitlines()[-1]
+    assert not Path("runs").exists()
+
+
+def test_a_checkpoint_that_is_none_is_one_line_and_code_1(aemim: Command, recipe: Path) -> None:
+    code, out, err = aemim("export", recipe, "encoder.pt")
+    assert (code, out) == (1, "")
+    assert err.count("\n") == 1
+    assert not Path("encoder.pt").exists()

@@ -1,0 +1,259 @@
+"""A recipe from an image folder to an encoder file: what it writes, how it resumes, what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.loggers import InMemoryLogger
+from torchvision.io import write_png
+
+from aemim_algorithm import datasets
+from aemim_algorithm.callbacks import FiniteLoss
+from aemim_algorithm.config import Recipe, RecipeError, load_recipe
+from aemim_algorithm.datasets import train_shards
+from aemim_algorithm.preflight import prepare
+from aemim_algorithm.pretrain import (
+    Outputs,
+    build_trainer,
+    learning_rate,
+    parameter_groups,
+    pretrain,
+)
+from aemim_algorithm.registry import build_parts
+
+RECIPE = """
+model:
+  name: mae_vit_tiny_patch4
+  image_size: 16
+  embed_dim: 32
+  depth: 1
+  num_heads: 2
+  decoder_dim: 16
+  decoder_depth: 1
+  decoder_heads: 2
+data: {crop_scale: [0.5, 1.0], workers: 0}
+algorithms: {aemim: , gradient_clipping: {clipping_type: norm, clipping_threshold: 1.0}}
+optimizer: {base_learning_rate: 0.01, weight_decay: 0.05, betas: [0.9, 0.95]}
+schedule: {warmup: 2ba, min_learning_rate: 0.0}
+max_duration: 2ep
+global_batch_size: 8
+device: cpu
+"""
+IMAGES = 32  # four batches per epoch
+
+
+def write_images(folder: Path, *, per_class: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for label in (0, 1):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(per_class):
+            noise = torch.randint(0, 128, (3, 20, 20), generator=generator)
+            write_png((noise + 127 * label).byte(), str(folder / str(label) / f"{number}.png"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "train", per_class=IMAGES // 2)
+    write_images(folder / "test", per_class=8)
+    return folder
+
+
+def recipe_in(folder: Path, images: Path, *overrides: str) -> Recipe:
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE)
+    places = [
+        f"data.source={images / 'train'}",
+        f"data.cache={images / 'cache'}",
+        f"save_folder={folder / 'run'}",
+    ]
+    return load_recipe(path, [*places, *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Outputs]:
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = recipe_in(
+        folder,
+        images,
+        "evaluate=true",
+        f"data.test_source={images / 'test'}",
+        "callbacks={speed_monitor: {window_size: 1}, LRMonitor: null}",
+        f"loggers.file_logger.filename={folder}/log.txt",
+    )
+    return recipe, pretrain(recipe)
+
+
+def encoder_of(outputs: Outputs) -> dict[str, torch.Tensor]:
+    return torch.load(outputs.encoder, weights_only=True)
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+def test_a_run_leaves_what_it_says(finished: tuple[Recipe, Outputs]) -> None:
+    recipe, outputs = finished
+    assert load_recipe(outputs.recipe) == recipe
+    checkpoint = torch.load(outputs.checkpoint, weights_only=False)["state"]["model"]
+    assert_equal(
+        encoder_of(outputs),
+        {
+            name.removeprefix("encoder."): value
+            for name, value in checkpoint.items()
+            if name.startswith("encoder.") and "adversarial" not in name
+        },
+    )
+    assert {name for name in checkpoint if "adversarial" in name}
+
+
+def test_both_encoders_are_scored(finished: tuple[Recipe, Outputs]) -> None:
+    scores = finished[1].scores
+    assert scores.keys() == {"trained", "random"}
+    for score in scores.values():
+        # Dark against bright images: anything but a broken pipeline tells them apart.
+        assert score["knn"] > 90
+        assert score["linear"] > 90
+
+
+def test_other_parts_of_composer_take_part(finished: tuple[Recipe, Outputs]) -> None:
+    log = (Path(finished[0].save_folder).parent / "log.txt").read_text()
+    assert "throughput/samples_per_sec" in log
+    assert "lr-AdamW" in log
+    assert "aemim/perturbation_linf" in log
+
+
+def test_a_finished_run_can_be_started_again(
+    finished: tuple[Recipe, Outputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr(datasets, "convert", refuse)
+    recipe, outputs = finished
+    before = encoder_of(outputs)
+    again = pretrain(replace(recipe, evaluate=False, loggers={}))
+    assert_equal(encoder_of(again), before)
+
+
+def test_an_interrupted_run_continues_as_if_it_had_not_been(
+    images: Path,
+    tmp_path: Path,
+    finished: tuple[Recipe, Outputs],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = recipe_in(tmp_path, images, "save_interval=3ba")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(self: FiniteLoss, state: Any, logger: Any) -> None:
+        if state.timestamp.batch == 5:
+            raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(FiniteLoss, "after_train_batch", kill)
+        pretrain(recipe)
+    assert_equal(encoder_of(pretrain(recipe)), encoder_of(finished[1]))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimizer.weight_decay=0.1", "optimizer"),
+        ("data.crop_scale=[0.1, 1.0]", "data.crop_scale"),
+        ("algorithms.aemim.steps=3", "algorithms"),
+        ("autoresume=false", "holds a run already"),
+    ],
+)
+def test_another_recipe_does_not_continue_a_run(
+    finished: tuple[Recipe, Outputs], images: Path, tmp_path: Path, override: str, named: str
+) -> None:
+    other = recipe_in(tmp_path, images, override)
+    with pytest.raises(RecipeError, match=named):
+        prepare(replace(other, save_folder=finished[0].save_folder))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("precision=amp_bf16", "precision=amp_bf16"),
+        ("device_train_microbatch_size=auto", "device_train_microbatch_size=auto"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused(images: Path, tmp_path: Path, override: str, named: str) -> None:
+    with pytest.raises(RecipeError, match=named):
+        prepare(recipe_in(tmp_path, images, override))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="global_batch_size=8.*3 processes"):
+        prepare(recipe_in(tmp_path, images))
+
+
+def test_weight_decay_spares_vectors_and_tokens(images: Path, tmp_path: Path) -> None:
+    model = build_parts(recipe_in(tmp_path, images)).model()
+    decayed, spared = parameter_groups(model, weight_decay=0.05)
+    names = {id(value): name for name, value in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.05
+    assert spared["weight_decay"] == 0.0
+    assert all(names[id(value)].endswith("weight") for value in decayed["params"])
+    assert {"encoder.cls_token", "decoder.mask_token", "encoder.norm.weight"} <= {
+        names[id(value)] for value in spared["params"]
+    }
+    grouped = [id(value) for value in decayed["params"] + spared["params"]]
+    trained = [id(value) for value in model.parameters() if value.requires_grad]
+    assert sorted(grouped) == sorted(trained)
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, images, "callbacks.lr_monitor=null", "algorithms={aemim: null}")
+    logger = InMemoryLogger()
+    parts = replace(build_parts(recipe), loggers=[logger], algorithms=[])
+    trainer = build_trainer(recipe, parts, train_shards(recipe.data))
+    trainer.fit()
+    trainer.close()
+    rates = [float(value) for _, value in logger.data["lr-AdamW/group0"]]
+    peak = learning_rate(recipe)
+    assert peak == pytest.approx(0.01 * 8 / 256)
+    cosine = 0.5 * peak * (1 + torch.cos(torch.pi * torch.arange(6) / 6))
+    assert rates == pytest.approx([0.0, peak / 2, *cosine.tolist()])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, images, "optimizer.base_learning_rate=1e30", "schedule.warmup=1ba")
+    with pytest.raises(FloatingPointError, match="batch [0-9]+"):
+        pretrain(replace(recipe, algorithms={}))
+    assert not (Path(recipe.save_folder) / "encoder.pt").exists()
+
+
+def test_two_processes_train_one_model(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, images)
+    overrides = [f"data.source={recipe.data.source}", f"data.cache={tmp_path / 'cache'}"]
+    command = [
+        *("-m", "composer.cli.launcher", "-n", "2", "--module", "aemim_algorithm"),
+        *("pretrain", str(tmp_path / "tiny.yaml"), *overrides, f"save_folder={tmp_path}/run"),
+    ]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "run/encoder.pt") in done.stdout
+    state = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
+    assert state["patch_embed.proj.weight"].shape == (32, 3, 4, 4)
