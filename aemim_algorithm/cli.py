@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from aemim_algorithm.layers import RecipeError
+from aemim_algorithm.recipes.layers import RecipeError
 
 if TYPE_CHECKING:
-    from aemim_algorithm.pretrain import Outputs
+    from aemim_algorithm.recipes.pretrain import Outputs
 
 __all__ = ["app", "main"]
 
@@ -41,16 +41,16 @@ def pretrain(
     ] = False,
 ) -> None:
     """Pre-train as a recipe says; again, to continue."""
-    from aemim_algorithm.config import load_recipe
+    from aemim_algorithm.recipes.schema import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     try:
         if dry_run:
-            from aemim_algorithm.dry_run import dry_run as report
+            from aemim_algorithm.recipes.dry_run import dry_run as report
 
             print(report(loaded))
         else:
-            from aemim_algorithm.pretrain import pretrain as run
+            from aemim_algorithm.recipes.pretrain import pretrain as run
 
             _print_outputs(run(loaded))
     except RecipeError as error:

@@ -1,7 +1,7 @@
 """Distances between features, the adversarial losses of Eq. 7, and the reduction of a model's loss.
 
-Each distance returns one value for each sample, summed over tokens and computed in at least float32: the sign of the
-gradient ignores the scale of a loss, but a mean over thousands of features underflows in fp16.
+Each distance returns one value for each sample, summed over tokens and computed in at least float32: the
+sign of the gradient ignores the scale of a loss, but a mean over thousands of features underflows in fp16.
 """
 
 from __future__ import annotations

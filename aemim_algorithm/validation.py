@@ -36,9 +36,10 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``; names the nearest one."""
     options = sorted(choices)
     if not isinstance(value, str) or value not in options:
+        close = nearest(str(value), options)
         raise ValueError(
             f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, options))}"
-            f"{nearest(value, options)}"
+            + (f", did you mean {close!r}?" if close else "")
         )
 
 
@@ -56,7 +57,9 @@ def require_per_channel(name: str, value: object, *, positive: bool = False) -> 
             ) from None
 
 
-def nearest(value: object, options: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the option nearest to ``value``, or an empty string."""
-    close = difflib.get_close_matches(str(value), list(options), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one was probably meant to be, if any is near."""
+    candidates = sorted(known)
+    longer = [candidate for candidate in candidates if name and name in candidate]
+    close = longer[:1] or difflib.get_close_matches(name, candidates, n=1, cutoff=0.65)
+    return close[0] if close else None

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from aemim_algorithm import AEMIM
-from aemim_algorithm.estimate import step_flops
 from aemim_algorithm.models import MAE, MODELS
+from aemim_algorithm.recipes.estimate import step_flops
 
 __all__ = ["BATCH_MULTIPLE", "METHODS", "Settings", "Training", "bound_flops", "counted_flops"]
 

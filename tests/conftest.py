@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from aemim_algorithm.models import MAE
 
+torch.set_num_threads(1)  # the models of the tests are too small to share
+
 
 def normalised_images(count: int, size: int = 16, seed: int = 0) -> Tensor:
     """Images that fill the pixel range, normalised; shape (count, 3, size, size)."""
@@ -62,8 +64,10 @@ def fit(
         progress_bar=False,
         **kwargs,
     )
-    trainer.fit()
-    trainer.close()
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()
     return trainer
 
 

@@ -27,7 +27,9 @@ class Spy(Algorithm):
     """Runs after AEMIM's passes and keeps what they made."""
 
     def __init__(self, aemim: AEMIM) -> None:
-        self.aemim, self.results, self.losses = aemim, [], []
+        self.aemim = aemim
+        self.results: list[Any] = []
+        self.losses: list[dict[str, Tensor]] = []
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.BEFORE_LOSS, Event.BEFORE_BACKWARD)
@@ -216,7 +218,8 @@ def test_a_mask_drawn_inside_the_encoder_is_the_same_in_both_passes() -> None:
     class DrawsItsMask(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer, self.norm, self.masks = nn.Linear(768, 8), nn.LayerNorm(8), []
+            self.layer, self.norm = nn.Linear(768, 8), nn.LayerNorm(8)
+            self.masks: list[Tensor] = []
 
         def forward(self, images: Tensor) -> Tensor:
             keep = torch.rand(len(images), 768) < 0.5

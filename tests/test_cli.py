@@ -12,9 +12,10 @@ import pytest
 import torch
 from torchvision.io import write_png
 
-from aemim_algorithm import cli, datasets
-from aemim_algorithm.config import load_recipe
+from aemim_algorithm import cli
 from aemim_algorithm.models import MAE
+from aemim_algorithm.recipes import datasets
+from aemim_algorithm.recipes.schema import load_recipe
 
 RECIPE = """
 model: {name: mae_vit_tiny_patch4, image_size: 16, embed_dim: 32, depth: 1, num_heads: 2}

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from composer.core import Callback, Event, State, Time
 from composer.loggers import Logger
-from composer.models import ComposerModel
 from composer.utils import create_interval_scheduler, dist
 from matplotlib.figure import Figure
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -130,7 +129,7 @@ def draw_pictures(model: Any, batch: Any, aemim: AEMIM | None, *, seed: int = 0)
         rng.restore()
 
 
-def _reconstruct(model: ComposerModel | Any, batch: Any, aemim: AEMIM | None, seed: int) -> Pictures:
+def _reconstruct(model: Any, batch: Any, aemim: AEMIM | None, seed: int) -> Pictures:
     images = images_in(batch)
     if aemim is None:
         outputs, result = model(batch), None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aemim_algorithm.config import Recipe, RecipeError, load_recipe, recipe_yaml, save_recipe
+from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe, recipe_yaml, save_recipe
 
 COMPLETE = """
 model: {name: mae_vit_tiny_patch4, image_size: 32}

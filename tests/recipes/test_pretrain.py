@@ -14,19 +14,19 @@ import torch
 from composer.loggers import InMemoryLogger
 from torchvision.io import write_png
 
-from aemim_algorithm import datasets
 from aemim_algorithm.callbacks import FiniteLoss
-from aemim_algorithm.config import Recipe, RecipeError, load_recipe
-from aemim_algorithm.datasets import train_shards
-from aemim_algorithm.preflight import prepare
-from aemim_algorithm.pretrain import (
+from aemim_algorithm.recipes import datasets
+from aemim_algorithm.recipes.datasets import train_shards
+from aemim_algorithm.recipes.preflight import prepare
+from aemim_algorithm.recipes.pretrain import (
     Outputs,
     build_trainer,
     learning_rate,
     parameter_groups,
     pretrain,
 )
-from aemim_algorithm.registry import build_parts
+from aemim_algorithm.recipes.registry import build_parts
+from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
 
 RECIPE = """
 model:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aemim_algorithm.layers import RecipeError, merge_strictly
+from aemim_algorithm.recipes.layers import RecipeError, merge_strictly
 
 __all__ = ["check_options"]
 

@@ -22,13 +22,13 @@ from torch.optim import AdamW
 
 from aemim_algorithm.callbacks import FiniteLoss
 from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
-from aemim_algorithm.config import Recipe, save_recipe
 from aemim_algorithm.data.streaming import train_data
-from aemim_algorithm.datasets import is_remote, test_shards, train_shards
 from aemim_algorithm.evaluation import evaluate_encoder
 from aemim_algorithm.export import export_encoder
-from aemim_algorithm.preflight import device_of, precision_of, prepare
-from aemim_algorithm.registry import Parts
+from aemim_algorithm.recipes.datasets import is_remote, test_shards, train_shards
+from aemim_algorithm.recipes.preflight import device_of, precision_of, prepare
+from aemim_algorithm.recipes.registry import Parts
+from aemim_algorithm.recipes.schema import Recipe, save_recipe
 
 __all__ = [
     "Outputs",

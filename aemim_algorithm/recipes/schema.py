@@ -16,7 +16,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from aemim_algorithm.layers import (
+from aemim_algorithm.recipes.layers import (
     RecipeError,
     file_layers,
     first_line,

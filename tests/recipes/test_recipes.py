@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.config import Recipe, load_recipe
-from aemim_algorithm.pretrain import learning_rate
-from aemim_algorithm.registry import build_parts
+from aemim_algorithm.recipes.pretrain import learning_rate
+from aemim_algorithm.recipes.registry import build_parts
+from aemim_algorithm.recipes.schema import Recipe, load_recipe
 
-YAMLS = Path(__file__).parents[1] / "yamls"
+YAMLS = Path(__file__).parents[2] / "yamls"
 RECIPES = sorted(path for path in YAMLS.rglob("*.yaml") if path.parent.name != "_base")
 
 METHODS: dict[str, dict[str, Any] | None] = {

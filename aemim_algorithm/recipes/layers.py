@@ -6,7 +6,6 @@ Knows nothing of what a recipe means: any omegaconf structured config can be the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +13,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from aemim_algorithm.validation import nearest
+
 __all__ = [
     "RecipeError",
     "file_layers",
     "first_line",
+    "known_names",
     "merge_strictly",
-    "nearest",
     "override_layers",
 ]
 
@@ -52,18 +53,17 @@ def merge_strictly(schema: DictConfig, layer: DictConfig, *, origin: str) -> Dic
     raise RecipeError(f"{origin}: {message}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest known one, or all of them."""
-    candidates = sorted(known)
-    longer = [candidate for candidate in candidates if name in candidate]
-    close = longer[:1] or get_close_matches(name, candidates, n=1, cutoff=0.65)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(candidates) or 'none'}"
+def known_names(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: the nearest known one, or all of them."""
+    known = sorted(known)
+    close = nearest(name, known)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(known) or 'none'}"
 
 
 def _unknown_key(schema: DictConfig, full_key: str) -> str:
     parent, _, name = full_key.rpartition(".")
     section = OmegaConf.select(schema, parent) if parent else schema
-    return f"unknown key {full_key!r}; {nearest(name, map(str, section))}"
+    return f"unknown key {full_key!r}; {known_names(name, map(str, section))}"
 
 
 def _offending_key(schema: DictConfig, layer: DictConfig) -> str:

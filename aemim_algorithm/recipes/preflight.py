@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from composer.utils import dist
 
-from aemim_algorithm.config import Recipe, RecipeError, load_recipe
-from aemim_algorithm.registry import Parts, build_parts
+from aemim_algorithm.recipes.registry import Parts, build_parts
+from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
 
 __all__ = ["device_of", "on_gpu", "precision_of", "prepare"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from composer.utils import dist
 
-from aemim_algorithm.config import DataRecipe
 from aemim_algorithm.data.convert import convert
 from aemim_algorithm.data.photos import write_photos
+from aemim_algorithm.recipes.schema import DataRecipe
 
 __all__ = ["PHOTOS", "is_remote", "is_shards", "shards_of", "test_shards", "train_shards"]
 

@@ -1,7 +1,7 @@
 """From the names and options of a recipe to the objects that a Trainer takes.
 
 Options are checked against the signature of what they are for, so a misspelt or mistyped one is a
-:class:`RecipeError` with the nearest known name, before data is read or a model is built.
+:class:`RecipeError` with the known_names known name, before data is read or a model is built.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from composer.utils import FSDP2Config, FSDPConfig
 
 from aemim_algorithm.algorithm import AEMIM
 from aemim_algorithm.callbacks import ReconstructionPictures
-from aemim_algorithm.config import Recipe
-from aemim_algorithm.layers import RecipeError, first_line, nearest
 from aemim_algorithm.models import MODELS
-from aemim_algorithm.options import check_options
+from aemim_algorithm.recipes.layers import RecipeError, first_line, known_names
+from aemim_algorithm.recipes.options import check_options
+from aemim_algorithm.recipes.schema import Recipe
 
 __all__ = [
     "ALGORITHMS",
@@ -82,7 +82,7 @@ def model_builder(recipe: Recipe) -> Callable[[], ComposerModel]:
     options = dict(recipe.model)
     name = options.pop("name", None)
     if name not in MODELS:
-        hint = nearest(str(name), MODELS)
+        hint = known_names(str(name), MODELS)
         raise RecipeError(f"model.name={name}: unknown model; {hint}")
     if not isinstance(options.get("image_size"), int):
         size = options.get("image_size")
@@ -129,7 +129,7 @@ def _find(section: str, name: str, known: Mapping[str, Builder]) -> tuple[str, B
     by_letters = {key.replace("_", ""): key for key in known}
     key = by_letters.get(name.replace("_", "").lower())
     if key is None:
-        raise RecipeError(f"{section}.{name}: unknown; {nearest(snake_case(name), known)}")
+        raise RecipeError(f"{section}.{name}: unknown; {known_names(snake_case(name), known)}")
     return key, known[key]
 
 
@@ -164,7 +164,7 @@ def _parallelism(named: Mapping[str, dict[str, Any] | None] | None) -> dict[str,
         raise RecipeError(f"parallelism: expected one of {', '.join(known)}, got {list(named)}")
     ((name, options),) = named.items()
     if name not in known:
-        raise RecipeError(f"parallelism.{name}: unknown; {nearest(name, known)}")
+        raise RecipeError(f"parallelism.{name}: unknown; {known_names(name, known)}")
     if options and options.get("load_monolith_rank0_only"):
         raise RecipeError(
             f"parallelism.{name}.load_monolith_rank0_only=true: leaves wrong weights on all ranks "

@@ -9,8 +9,8 @@ import torch
 from composer.models import ComposerModel
 
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.estimate import attack_flops, estimate, matmul_rate, saved_bytes, step_flops
 from aemim_algorithm.models import MODELS
+from aemim_algorithm.recipes.estimate import attack_flops, estimate, matmul_rate, saved_bytes, step_flops
 
 TINY = partial(
     MODELS["mae_vit_tiny_patch4"],

@@ -10,11 +10,11 @@ import torch
 from composer.utils import dist
 
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.config import Recipe, recipe_yaml
-from aemim_algorithm.datasets import is_remote, is_shards
-from aemim_algorithm.estimate import Estimate, estimate, matmul_rate
-from aemim_algorithm.preflight import device_of, precision_of, prepare
-from aemim_algorithm.pretrain import learning_rate, microbatch_of
+from aemim_algorithm.recipes.datasets import is_remote, is_shards
+from aemim_algorithm.recipes.estimate import Estimate, estimate, matmul_rate
+from aemim_algorithm.recipes.preflight import device_of, precision_of, prepare
+from aemim_algorithm.recipes.pretrain import learning_rate, microbatch_of
+from aemim_algorithm.recipes.schema import Recipe, recipe_yaml
 
 __all__ = ["count_images", "dry_run"]
 

@@ -1,0 +1,1 @@
+"""Recipes: from a YAML file to a finished run."""
