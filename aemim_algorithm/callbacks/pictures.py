@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid
 
 from aemim_algorithm.algorithm import AEMIM
 from aemim_algorithm.injection import first_dimension, take_samples
@@ -178,14 +179,18 @@ _CAPTION = (
 
 
 def _figure(columns: dict[str, Tensor], title: str) -> Figure:
-    rows = len(next(iter(columns.values())))
-    figure = Figure(figsize=(1.7 * len(columns), 1.6 * rows + 1.1), layout="constrained")
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (name, images) in enumerate(columns.items()):
-        axes[0, column].set_title(name, fontsize=9)
-        for row in range(rows):
-            axes[row, column].imshow(images[row].permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes[row, column].set_axis_off()
+    """One image with a title above each column: an axis for each picture takes seconds to draw."""
+    gap = 2
+    rows, _, height, width = next(iter(columns.values())).shape
+    images = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+    grid = make_grid(images, nrow=len(columns), padding=gap, pad_value=1.0)
+    figure = Figure(figsize=(1.7 * len(columns), 1.7 * rows * height / width + 1.0))
+    axis = figure.add_axes((0.01, 0.09, 0.98, 0.8))
+    axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_axis_off()
+    for column, name in enumerate(columns):
+        center = gap + column * (width + gap) + width / 2
+        axis.text(center, -1, name, ha="center", va="bottom", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.supxlabel(_CAPTION, fontsize=6.5)
+    figure.text(0.5, 0.02, _CAPTION, ha="center", fontsize=6.5)
     return figure

@@ -8,30 +8,26 @@ crops are a function of a seed alone, so whoever derives the seed decides what a
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from aemim_algorithm.validation import require_integer, require_number, require_per_channel
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
     "CenterCrop",
     "Normalize",
     "RandomResizedCropFlip",
     "decode",
+    "random_crop_box",
     "resize_short_side",
 ]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def decode(data: bytes) -> Tensor:
@@ -101,29 +97,61 @@ class RandomResizedCropFlip:
         for name, bounds, high in (("scale", scale, 1.0), ("ratio", ratio, math.inf)):
             if not 0 < bounds[0] <= bounds[1] <= high:
                 raise ValueError(f"{name}={bounds!r}: expected 0 < low <= high <= {high:g}")
-        self.image_size, self.scale, self.ratio = image_size, tuple(scale), tuple(ratio)
+        self.image_size, self.scale, self.ratio = image_size, (*scale,), (*ratio,)
 
     def __call__(self, image: Tensor, generator_seed: int) -> Tensor:
         """Crop, resize and perhaps mirror one image.
 
         Args:
             image: Shape (3, height, width), uint8.
-            generator_seed: Alone decides crop and mirroring; its lower 32 bits should be mixed.
+            generator_seed: Alone decides crop and mirroring.
 
         Returns:
             Shape (3, image_size, image_size), uint8, contiguous.
         """
-        # Only the CPU's generator is seeded: torch.manual_seed would reseed every GPU as well.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator_seed)
-            box = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
-            mirror = bool(torch.rand(()) < 0.5)
+        draw = random.Random(generator_seed)
+        box = random_crop_box(image.shape[-2], image.shape[-1], self.scale, self.ratio, draw)
+        mirror = draw.random() < 0.5
         size = [self.image_size, self.image_size]
         crop = F.resized_crop(image, *box, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
         return (crop.flip(-1) if mirror else crop).contiguous()
 
     def __repr__(self) -> str:
         return f"RandomResizedCropFlip({self.image_size}, scale={self.scale!r}, ratio={self.ratio!r})"
+
+
+def random_crop_box(
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draw: random.Random,
+) -> tuple[int, int, int, int]:
+    """Draw the crop of Inception training, as torchvision's ``RandomResizedCrop`` does.
+
+    In plain Python, because torchvision's draws ten tensors of one number, and that costs as much as
+    decoding a small image; and from a generator of its own, so that no global one is touched.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        scale: Bounds of the crop's area, as a fraction of the image's.
+        ratio: Bounds of the crop's width over its height; drawn evenly on a log scale.
+        draw: Source of randomness.
+
+    Returns:
+        Top, left, height and width of the crop, in pixels.
+    """
+    for _ in range(10):
+        area = height * width * draw.uniform(*scale)
+        aspect = math.exp(draw.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        rows, columns = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < rows <= height and 0 < columns <= width:
+            return draw.randint(0, height - rows), draw.randint(0, width - columns), rows, columns
+    # Hardly any crop fits: the largest one in the middle whose ratio is allowed.
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    rows, columns = min(height, round(width / aspect)), min(width, round(height * aspect))
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
 class CenterCrop:

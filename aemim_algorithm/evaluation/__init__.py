@@ -1,7 +1,7 @@
 """How good are the features of a frozen encoder: k-NN and linear probe."""
 
 from aemim_algorithm.evaluation.features import extract_features
-from aemim_algorithm.evaluation.frozen import evaluate_encoder
+from aemim_algorithm.evaluation.frozen import evaluate_encoders
 from aemim_algorithm.evaluation.knn import knn_accuracy
 from aemim_algorithm.evaluation.linear_probe import (
     fit_logistic_regression,
@@ -9,7 +9,7 @@ from aemim_algorithm.evaluation.linear_probe import (
 )
 
 __all__ = [
-    "evaluate_encoder",
+    "evaluate_encoders",
     "extract_features",
     "fit_logistic_regression",
     "knn_accuracy",

@@ -8,8 +8,8 @@ Cost: one unmasked encoder forward per image, without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,43 +35,46 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def extract_features(
-    encoder: nn.Module,
+    encoders: Mapping[str, nn.Module],
     loader: Iterable[Batch],
     *,
     normalize: Callable[[Batch], Batch],
     device: torch.device | str,
-) -> tuple[Tensor, Tensor]:
-    """Run a frozen encoder over a data set.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Run frozen encoders over a data set, which is read once.
 
     Args:
-        encoder: maps normalised images, shape (batch, 3, height, width), to tokens, shape
-            (batch, prefix + patches, dim), after its final normalization; it has to be on
-            `device`. `encoder.num_prefix_tokens` (timm's name; 1 where it is missing) says how
-            many tokens are no patches.
-        loader: yields (images, labels), images uint8 of shape (batch, 3, height, width).
-        normalize: maps a batch of the loader, images on ``device``, to one whose images the encoder
-            takes: :class:`~aemim_algorithm.data.transforms.Normalize`.
-        device: where the encoder runs.
+        encoders: By name; each maps normalised images, shape (batch, 3, height, width), to tokens,
+            shape (batch, prefix + patches, dim), after its final normalization; it has to be on
+            ``device``. Its ``num_prefix_tokens`` (timm's name; 1 where it is missing) says how many
+            tokens are no patches.
+        loader: Yields (images, labels), images uint8 of shape (batch, 3, height, width).
+        normalize: Maps a batch of the loader, images on ``device``, to one whose images the encoders
+            take: :class:`~aemim_algorithm.data.transforms.Normalize`.
+        device: Where the encoders run.
 
     Returns:
-        Features, shape (n, dim), float32, and labels, shape (n,), int64, both on the CPU and in
-        the loader's order.
+        Features of each encoder, shape (n, dim), float32, and labels, shape (n,), int64, all on the
+        CPU and in the loader's order.
 
     Raises:
-        ValueError: if the encoder is on another device, returns no tokens, or the loader is empty.
+        ValueError: If an encoder is on another device, returns no tokens, or the loader is empty.
     """
     device = torch.device(device)
-    _check_device(encoder, device)
-    features: list[Tensor] = []
+    features: dict[str, list[Tensor]] = {name: [] for name in encoders}
     labels: list[Tensor] = []
-    with evaluating(encoder), torch.no_grad():
+    with ExitStack() as modes, torch.no_grad():
+        for encoder in encoders.values():
+            _check_device(encoder, device)
+            modes.enter_context(evaluating(encoder))
         for images, targets in loader:
             normalised, _ = normalize((images.to(device), targets))
-            features.append(_average_patches(encoder, encoder(normalised)).cpu())
+            for name, encoder in encoders.items():
+                features[name].append(_average_patches(encoder, encoder(normalised)).cpu())
             labels.append(torch.as_tensor(targets, dtype=torch.int64))
-    if not features:
+    if not labels:
         raise ValueError("got a loader without batches; expected at least one image to evaluate on")
-    return torch.cat(features), torch.cat(labels)
+    return {name: torch.cat(parts) for name, parts in features.items()}, torch.cat(labels)
 
 
 def check_features(features: Tensor, labels: Tensor, *, split: str) -> None:

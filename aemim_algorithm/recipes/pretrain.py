@@ -23,7 +23,7 @@ from torch.optim import AdamW
 from aemim_algorithm.callbacks import FiniteLoss
 from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
 from aemim_algorithm.data.streaming import train_data
-from aemim_algorithm.evaluation import evaluate_encoder
+from aemim_algorithm.evaluation import evaluate_encoders
 from aemim_algorithm.export import export_encoder
 from aemim_algorithm.recipes.datasets import is_remote, test_shards, train_shards
 from aemim_algorithm.recipes.preflight import device_of, precision_of, prepare
@@ -223,18 +223,13 @@ def _compare(
 ) -> Scores:
     """Scores of the trained encoder and of the very initialisation that it started from."""
     device = device_of(recipe)
-    encoder: Any = _seeded_model(recipe, parts).encoder
-
-    def scores() -> dict[str, float]:
-        return evaluate_encoder(
-            encoder.to(device).eval(),
-            *folders,
-            image_size=recipe.model["image_size"],
-            mean=recipe.data.mean,
-            std=recipe.data.std,
-            device=device,
-        )
-
-    random = scores()
-    encoder.load_state_dict(exported)
-    return {"trained": scores(), "random": random}
+    encoders: dict[str, Any] = {name: _seeded_model(recipe, parts).encoder for name in ("trained", "random")}
+    encoders["trained"].load_state_dict(exported)
+    return evaluate_encoders(
+        {name: encoder.to(device) for name, encoder in encoders.items()},
+        *folders,
+        image_size=recipe.model["image_size"],
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        device=device,
+    )

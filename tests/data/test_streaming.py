@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from streaming import MDSWriter
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
 from torchvision.io import encode_png
 
@@ -22,7 +24,6 @@ from aemim_algorithm.data.streaming import (
     evaluation_data,
     train_data,
 )
-from aemim_algorithm.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 SAMPLES, SIDE, BATCH = 42, 12, 8
 OPTIONS: dict[str, Any] = {"image_size": SIDE, "batch_size": BATCH}

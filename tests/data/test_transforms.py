@@ -1,21 +1,24 @@
 from __future__ import annotations
 
 import io
+import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 
 from aemim_algorithm.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     CenterCrop,
     Normalize,
     RandomResizedCropFlip,
     decode,
+    random_crop_box,
     resize_short_side,
 )
 
@@ -93,6 +96,22 @@ def test_random_crops_are_a_function_of_the_seed_and_touch_no_global_generator()
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert len({crop.numpy().tobytes() for crop in first}) == 20
     assert {(crop.shape, crop.dtype) for crop in first} == {((3, 16, 16), torch.uint8)}
+
+
+@pytest.mark.parametrize(("height", "width"), [(60, 80), (500, 375), (20, 400), (400, 20)])
+def test_crop_boxes_are_distributed_as_those_of_torchvision(height: int, width: int) -> None:
+    image, scale, ratio, count = torch.zeros(3, height, width), (0.2, 1.0), (3 / 4, 4 / 3), 3000
+    ours = [random_crop_box(height, width, scale, ratio, random.Random(seed)) for seed in range(count)]
+    torch.manual_seed(0)
+    theirs = [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(count)]
+    for top, left, rows, columns in ours:
+        assert 0 <= top <= height - rows < height
+        assert 0 <= left <= width - columns < width
+    a, b = np.array(ours, dtype=float), np.array(theirs, dtype=float)
+    for x, y in zip(a.T, b.T, strict=True):  # Kolmogorov-Smirnov, p = 0.001
+        grid = np.union1d(x, y)
+        gap = np.searchsorted(np.sort(x), grid, "right") - np.searchsorted(np.sort(y), grid, "right")
+        assert np.abs(gap).max() / count < 1.95 * (2 / count) ** 0.5
 
 
 def test_random_crops_mirror_half_of_the_time_and_keep_to_their_bounds() -> None:

@@ -23,6 +23,11 @@ class Tokens(nn.Module):
         return torch.cat([prefix, tokens], dim=1)
 
 
+class Tripled(Tokens):
+    def forward(self, images: Tensor) -> Tensor:
+        return 3 * super().forward(images)
+
+
 def batches(sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (n, 3, 4, 5), dtype=torch.uint8, generator=generator) for n in sizes]
@@ -39,7 +44,10 @@ def normalize(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def test_features_are_the_average_of_the_patch_tokens_in_order(prefix: int) -> None:
     data = batches([3, 2])
     encoder = Tokens(prefix).train()  # its dropout would show if it stayed active
-    features, labels = extract_features(encoder, data, normalize=normalize, device="cpu")
+    both = {"one": encoder, "tripled": Tripled(prefix)}
+    found, labels = extract_features(both, data, normalize=normalize, device="cpu")
+    features = found["one"]
+    torch.testing.assert_close(found["tripled"], 3 * features)
     expected = 2 * torch.cat([images for images, _ in data]).double().mean(dim=(2, 3)) / 255
     assert features.dtype == torch.float32
     assert not features.requires_grad
@@ -52,10 +60,10 @@ def test_every_submodule_gets_its_mode_back_even_after_an_error() -> None:
     before = [module.training for module in encoder.modules()]
     assert True in before
     assert False in before
-    extract_features(encoder, batches([2]), normalize=normalize, device="cpu")
+    extract_features({"one": encoder}, batches([2]), normalize=normalize, device="cpu")
     assert [module.training for module in encoder.modules()] == before
     with pytest.raises(RuntimeError, match="boom"):
-        extract_features(encoder, batches([2]), normalize=_boom, device="cpu")
+        extract_features({"one": encoder}, batches([2]), normalize=_boom, device="cpu")
     assert [module.training for module in encoder.modules()] == before
 
 
@@ -69,15 +77,15 @@ def test_half_precision_tokens_are_averaged_in_float32() -> None:
             return super().forward(images).bfloat16()
 
     data = batches([4])
-    features, _ = extract_features(Half(), data, normalize=normalize, device="cpu")
+    found, _ = extract_features({"half": Half()}, data, normalize=normalize, device="cpu")
     tokens = Half().eval()(normalize(data[0])[0])[:, 1:]
-    torch.testing.assert_close(features, tokens.float().mean(dim=1))
+    torch.testing.assert_close(found["half"], tokens.float().mean(dim=1))
 
 
 def test_bad_input_is_one_clear_line() -> None:
     with pytest.raises(ValueError, match="without batches"):
-        extract_features(Tokens(), [], normalize=normalize, device="cpu")
+        extract_features({"one": Tokens()}, [], normalize=normalize, device="cpu")
     with pytest.raises(ValueError, match=r"expected it on 'meta'"):
-        extract_features(Tokens(), batches([2]), normalize=normalize, device="meta")
+        extract_features({"one": Tokens()}, batches([2]), normalize=normalize, device="meta")
     with pytest.raises(ValueError, match=r"got \(2, 3, 4, 5\) from the encoder"):
-        extract_features(nn.Identity(), batches([2]), normalize=normalize, device="cpu")
+        extract_features({"one": nn.Identity()}, batches([2]), normalize=normalize, device="cpu")
