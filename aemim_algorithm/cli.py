@@ -64,13 +64,15 @@ def data(
     resize: Annotated[
         int | None, typer.Option(min=1, help="short side in pixels; default: files as they are")
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: one per core")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="threads; default: one per core")] = None,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="go on without the files that are no images")
     ] = False,
 ) -> None:
     """Turn images into MDS shards for streaming."""
     if source == "photos":
+        if (resize, workers, skip_broken) != (None, None, False):
+            raise typer.BadParameter("photos takes no --resize, --workers or --skip-broken")
         from aemim_algorithm.data.photos import write_photos
 
         write_photos(out)

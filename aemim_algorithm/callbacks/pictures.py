@@ -180,17 +180,19 @@ _CAPTION = (
 
 def _figure(columns: dict[str, Tensor], title: str) -> Figure:
     """One image with a title above each column: an axis for each picture takes seconds to draw."""
-    gap = 2
-    rows, _, height, width = next(iter(columns.values())).shape
+    width = next(iter(columns.values())).shape[-1]
+    gap = max(1, width // 16)
     images = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
     grid = make_grid(images, nrow=len(columns), padding=gap, pad_value=1.0)
-    figure = Figure(figsize=(1.7 * len(columns), 1.7 * rows * height / width + 1.0))
-    axis = figure.add_axes((0.01, 0.09, 0.98, 0.8))
+    wide, above, below = 1.7 * len(columns), 0.6, 0.4  # inches
+    high = wide * grid.shape[1] / grid.shape[2]
+    figure = Figure(figsize=(wide, high + above + below))
+    axis = figure.add_axes((0, below / (high + above + below), 1, high / (high + above + below)))
     axis.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_axis_off()
     for column, name in enumerate(columns):
         center = gap + column * (width + gap) + width / 2
-        axis.text(center, -1, name, ha="center", va="bottom", fontsize=9)
+        axis.text(center, -gap, name, ha="center", va="bottom", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.text(0.5, 0.02, _CAPTION, ha="center", fontsize=6.5)
+    figure.supxlabel(_CAPTION, fontsize=6.5)
     return figure

@@ -146,18 +146,12 @@ def learning_rate(recipe: Recipe) -> float:
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices with weight decay; biases, norms, tokens and positions without."""
-    trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-    decayed = [value for name, value in trained if not _spared(name, value)]
-    spared = [value for name, value in trained if _spared(name, value)]
+    """Two groups, as MAE pre-trains: vectors (biases, norms) without weight decay, the rest with."""
+    trained = [value for value in model.parameters() if value.requires_grad]
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": [value for value in trained if value.ndim > 1], "weight_decay": weight_decay},
+        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def _spared(name: str, value: Tensor) -> bool:
-    return value.ndim <= 1 or name.endswith(("_token", "pos_embed"))
 
 
 def _seeded_model(recipe: Recipe, parts: Parts) -> ComposerModel:
