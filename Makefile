@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` set up what they need, once.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
 

@@ -34,8 +34,9 @@ __all__ = [
     "adversarial_mode",
     "adversarial_parameters",
     "apply_adapters",
-    "preserved_statistics",
+    "preserved_buffers",
     "remove_adapters",
+    "require_no_checkpointing",
 ]
 
 ADAPTERS = ("norm", "cls_token", "none")
@@ -184,26 +185,43 @@ def adversarial_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_statistics(model: nn.Module, *, clean_only: bool = False) -> Iterator[None]:
-    """Keep the running statistics of batch normalization as they are, whatever passes inside.
+def preserved_buffers(model: nn.Module, *, clean_only: bool = False) -> Iterator[None]:
+    """Keep every buffer, such as running statistics, as it is, whatever passes inside.
 
     Args:
         model: Any model.
         clean_only: Whether the adversarial copies may go on collecting theirs.
     """
-    norms = [module for module in model.modules() if isinstance(module, _TORCH_NORMS[-1])]
+    owners = [module for module in model.modules() if module._buffers]
     if clean_only:
         copies = _modules_of_copies(model)
-        norms = [norm for norm in norms if norm not in copies]
-    kept = [dict(norm._buffers) for norm in norms]
+        owners = [owner for owner in owners if owner not in copies]
+    kept = [dict(owner._buffers) for owner in owners]
     try:
-        for norm in norms:
+        for owner in owners:
             # Other tensors, not other values: autograd may have saved these ones.
-            norm._buffers.update({k: b.clone() for k, b in norm._buffers.items() if b is not None})
+            owner._buffers.update({k: b.clone() for k, b in owner._buffers.items() if b is not None})
         yield
     finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
+        for owner, buffers in zip(owners, kept, strict=True):
+            owner._buffers.update(buffers)
+
+
+def require_no_checkpointing(model: nn.Module) -> None:
+    """Refuse activation checkpointing: it recomputes in backward, when the mode is already back.
+
+    Raises:
+        ValueError: If a module of ``model`` is checkpointed, by torch's wrapper, timm or Hugging Face.
+    """
+    for name, module in model.named_modules():
+        wrapped = type(module).__name__ == "CheckpointWrapper"
+        flags = (getattr(module, flag, False) for flag in ("grad_checkpointing", "gradient_checkpointing"))
+        if wrapped or any(flag is True for flag in flags):
+            raise ValueError(
+                f"AEMIM cannot train with activation checkpointing yet (found at {name or 'the model'!r}): "
+                "the recomputed pass would use the wrong adapters, and gradients would be silently wrong; "
+                "turn it off and lower device_train_microbatch_size instead"
+            )
 
 
 def adapters_of(model: nn.Module) -> list[Adapter]:
@@ -228,7 +246,7 @@ def _is_norm(module: nn.Module) -> bool:
     known = isinstance(module, _TORCH_NORMS)
     # A leaf of its own making: timm's RmsNorm, GlobalResponseNorm, a library's LlamaRMSNorm.
     leaf = not any(module.children()) and _NORM_NAME.search(type(module).__name__) is not None
-    return has_state and (known or leaf)
+    return (known and has_state) or (leaf and any(True for _ in module.parameters()))
 
 
 def _has_class_token(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from aemim_algorithm.adapters import ADAPTERS, apply_adapters
+from aemim_algorithm.adapters import ADAPTERS, apply_adapters, require_no_checkpointing
 from aemim_algorithm.attack import outside_pixel_range
 from aemim_algorithm.branch import AdversarialBranch, AdversarialPass
-from aemim_algorithm.injection import EncoderTap, find_encoder, first_dimension
+from aemim_algorithm.injection import EncoderTap, find_encoder, first_dimension, resolve_encoder
 from aemim_algorithm.losses import DISTANCES, total_loss
 from aemim_algorithm.metrics import AttackMetrics, FiniteLossCheck
 from aemim_algorithm.randomness import RngState, choose_samples, uniform_noise
@@ -111,7 +111,9 @@ class AEMIM(Algorithm):
         self._branch: AdversarialBranch | None = None
         self._result: AdversarialPass | None = None
         self._metrics, self._finite = AttackMetrics(), FiniteLossCheck()
-        self._range_checked = False
+        self._excess: Tensor | None = None
+        self._range_warned = False
+        self._checkpointing_checked = False
 
     @classmethod
     def fast(cls, **overrides: Any) -> AEMIM:
@@ -143,13 +145,16 @@ class AEMIM(Algorithm):
             optimizers: The optimizers that train it, if they exist already.
 
         Raises:
-            ValueError: If the model has no encoder, or nothing to adapt.
+            ValueError: If the model has no encoder, nothing to adapt, or checkpoints its activations.
         """
+        path = self.encoder or find_encoder(model)
+        resolve_encoder(model, path)  # before anything is changed
+        require_no_checkpointing(model)
+        apply_adapters(model, self.adapter, optimizers)
         if self._model is not model:
-            tap = EncoderTap(model, self.encoder or find_encoder(model))
-            self._model = model
+            self._model, self._checkpointing_checked = model, False
             self._branch = AdversarialBranch(
-                tap,
+                EncoderTap(model, path),
                 epsilon=self.epsilon,
                 steps=self.steps,
                 step_size=self.step_size,
@@ -157,7 +162,6 @@ class AEMIM(Algorithm):
                 mean=self.mean,
                 std=self.std,
             )
-        apply_adapters(model, self.adapter, optimizers)
 
     def training_loss(
         self, model: ComposerModel, batch: Any, *, step: int, seed: int = 0
@@ -172,12 +176,13 @@ class AEMIM(Algorithm):
 
         Returns:
             ``"total"`` (λ·clean + (1−λ)·adversarial, with gradient), ``"clean"`` and
-            ``"adversarial"``, scalars.
+            ``"adversarial"``, scalars; and the parts of the clean loss if it is a dict.
         """
         self._start_batch(batch, step, seed)
         self._get_branch().start()
         outputs = model(batch)
         self._run_branch(model, batch, outputs)
+        self._warn_once_of_range()
         return self._combine(model, model.loss(outputs, batch))
 
     def attack(
@@ -210,6 +215,10 @@ class AEMIM(Algorithm):
     def _on_before_train_batch(self, state: State, logger: Logger) -> None:
         # Also on a retry with smaller micro-batches, and on each call of an optimizer's closure.
         self._seen, self._metrics, self._finite = 0, AttackMetrics(), FiniteLossCheck()
+        self._result = None
+        if not self._checkpointing_checked:  # Composer wraps after INIT
+            require_no_checkpointing(state.model)
+            self._checkpointing_checked = True
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
         self._get_branch().start()
@@ -226,6 +235,7 @@ class AEMIM(Algorithm):
 
     def _on_after_train_batch(self, state: State, logger: Logger) -> None:
         self._finite.require_finite(int(state.timestamp.batch))
+        self._warn_once_of_range()
         logger.log_metrics(self._metrics.compute())
 
     _handlers = {  # noqa: RUF012 - a constant
@@ -255,8 +265,14 @@ class AEMIM(Algorithm):
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Attack the chosen samples of a micro-batch; the result waits for the loss."""
-        branch, size, first = self._get_branch(), first_dimension(batch), self._seen
+        branch, first = self._get_branch(), self._seen
+        size = branch.tap.batch_size or first_dimension(batch)
         self._seen += size
+        if self._seen > self._batch_size:
+            raise ValueError(
+                f"the encoder has seen {self._seen} images of a batch of {self._batch_size}: AEMIM takes the "
+                "batch size from the first tensor of the batch that can be images; put the images first"
+            )
         index = self._chosen[(self._chosen >= first) & (self._chosen < first + size)] - first
         # Over the *expected* number: a mean over what happens to be chosen would weight samples
         # unequally, and micro-batches would not add up to the batch's gradient.
@@ -275,8 +291,9 @@ class AEMIM(Algorithm):
             index=None if len(index) == size else index,
             precision=precision,
         )
-        self._metrics.update(self._result)
-        self._warn_once_of_range(self._result.clean_images)
+        if self._weight > 0:
+            self._metrics.update(self._result)
+        self._look_at_range(self._result.clean_images)
 
     def _combine(self, model: ComposerModel, loss: Any) -> dict[str, Tensor]:
         """λ·L_c + (1−λ)·L_a (Eq. 5); the target of L_a is the clean batch."""
@@ -289,14 +306,21 @@ class AEMIM(Algorithm):
             adversarial = self._weight * total_loss(model.loss(result.outputs, result.batch))
             rng.restore()
         total = self.loss_ratio * clean + (1 - self.loss_ratio) * adversarial
-        return {"total": total, "clean": clean.detach(), "adversarial": adversarial.detach()}
+        named = {name: part.detach() for name, part in loss.items()} if isinstance(loss, Mapping) else {}
+        return named | {"total": total, "clean": clean.detach(), "adversarial": adversarial.detach()}
 
-    def _warn_once_of_range(self, images: Tensor) -> None:
-        if self._range_checked:
+    def _look_at_range(self, images: Tensor) -> None:
+        if not self._range_warned:
+            excess = outside_pixel_range(images, self.mean, self.std)
+            self._excess = excess if self._excess is None else self._excess.maximum(excess)
+
+    def _warn_once_of_range(self) -> None:
+        """Waits for the device, so once a batch, and no more after the warning."""
+        if self._excess is None:
             return
-        self._range_checked = True
-        excess = outside_pixel_range(images, self.mean, self.std).item()
+        excess, self._excess = self._excess.item(), None
         if excess > 0.01:
+            self._range_warned = True
             warnings.warn(
                 f"AEMIM: the images leave the pixel range [0, 1] by {excess:.2f} after undoing "
                 f"mean={self.mean} and std={self.std}: pass AEMIM(mean=..., std=...) the values that "
@@ -314,7 +338,7 @@ class AEMIM(Algorithm):
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
-        return f"AEMIM({given})"
+        return f"{type(self).__name__}({given})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AEMIM) and self._arguments() == other._arguments()
@@ -324,7 +348,7 @@ class AEMIM(Algorithm):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy starts unattached: hooks and tensors of a run belong to its model.
-        return partial(AEMIM, **self._arguments()), ()
+        return partial(type(self), **self._arguments()), ()
 
 
 def _noise(images: Tensor, *, seed: int, batch: int, positions: Tensor) -> Tensor:

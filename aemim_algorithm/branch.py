@@ -17,7 +17,7 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-from aemim_algorithm.adapters import adversarial_mode, preserved_statistics
+from aemim_algorithm.adapters import adversarial_mode, preserved_buffers
 from aemim_algorithm.attack import linf_distance, pgd_attack
 from aemim_algorithm.injection import EncoderCall, EncoderTap, take_samples
 from aemim_algorithm.losses import DISTANCES, l2_distance, num_tokens, total_loss
@@ -137,7 +137,7 @@ class AdversarialBranch:
         # The random numbers of a smaller batch are others: the attack needs a reference under them.
         self._before.restore()
         self.tap.start()
-        with torch.no_grad(), preserved_statistics(model):
+        with torch.no_grad(), preserved_buffers(model):
             model(batch, **mask)
         return self.tap.stop()
 
@@ -151,9 +151,9 @@ class AdversarialBranch:
             return value
 
         with adversarial_mode(step.model):
-            with preserved_statistics(step.model):
+            with preserved_buffers(step.model):
                 images = pgd_attack(objective, clean_images, noise=noise(clean_images), **self._attack)
-            with preserved_statistics(step.model, clean_only=True):
+            with preserved_buffers(step.model, clean_only=True):
                 outputs, features = self._forward(step, images)
         distances.append(self._distance(features.detach(), step.call.features)[1])
         perturbation = linf_distance(images, clean_images, self._attack["std"])

@@ -75,12 +75,15 @@ def data(
             raise typer.BadParameter("photos takes no --resize, --workers or --skip-broken")
         from aemim_algorithm.data.photos import write_photos
 
-        write_photos(out)
+        train, test = write_photos(out)
+        print(f"wrote {out}: {train.samples} training and {test.samples} test images")
     else:
-        from aemim_algorithm.data.convert import convert
+        from aemim_algorithm.data.convert import convert, report_path
 
-        convert(source, out, resize=resize, workers=workers, skip_broken=skip_broken)
-    print(f"wrote {out}")
+        done = convert(source, out, resize=resize, workers=workers, skip_broken=skip_broken)
+        print(f"wrote {out}: {done.samples} images of {len(done.classes)} classes")
+        if done.broken:
+            print(f"left out {len(done.broken)} files that are not images, named in {report_path(out)}")
 
 
 @app.command()
@@ -109,7 +112,8 @@ def main() -> None:
 
 def _is_expected(error: Exception) -> bool:
     """Whether an error is the user's or the machine's rather than a fault of the program."""
-    if type(error).__name__ == "OutOfMemoryError":
+    # torch's writer of checkpoints raises a RuntimeError where the disk is full.
+    if type(error).__name__ == "OutOfMemoryError" or "inline_container" in str(error):
         return True
     return isinstance(error, ValueError | OSError | FloatingPointError)
 
@@ -120,6 +124,8 @@ def _one_line(error: Exception) -> str:
         return text
     if type(error).__name__ == "OutOfMemoryError":
         text = f"out of memory; lower device_train_microbatch_size ({text.partition('. ')[0]})"
+    if "inline_container" in text:
+        text = f"a checkpoint could not be written or read: is the disk full, or the file cut? ({text[:120]})"
     return f"{text} (AEMIM_TRACEBACK=1 shows where)"
 
 

@@ -6,6 +6,7 @@ adapters. What stays are the clean parameters under timm's own names (paper: ψ^
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -142,8 +143,10 @@ def _write_atomically(state: StateDict, out: Path) -> None:
     # Beside the target, because a rename is atomic only within one file system.
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            torch.save(state, file)
+        # In memory first: on a full disk torch's own writer raises a RuntimeError that says nothing.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        partial.write_bytes(buffer.getbuffer())
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)

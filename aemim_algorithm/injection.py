@@ -8,6 +8,8 @@ still sees the clean batch. So every target that the model computes from its own
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ __all__ = [
     "find_encoder",
     "first_dimension",
     "first_tensor",
+    "resolve_encoder",
     "take_samples",
 ]
 
@@ -76,17 +79,12 @@ class EncoderTap:
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self.path = path
+        owner, name, self._encoder = resolve_encoder(model, path)
         self._recording = False
         self._injected: tuple[Tensor, RngState] | None = None
         self._features: Tensor | None = None
         self._entered: tuple[tuple[Any, ...], dict[str, Any], int | str, RngState] | None = None
         self._call: EncoderCall | None = None
-        owner_path, _, name = path.rpartition(".")
-        try:
-            owner = model.get_submodule(owner_path)
-            self._encoder = getattr(owner, name) if name else owner
-        except AttributeError:
-            raise ValueError(_not_found(model, f"encoder={path!r} names nothing")) from None
         if isinstance(self._encoder, nn.Module):
             # First in, last out: other hooks on the encoder see what it really gets and gives.
             self._encoder.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
@@ -115,6 +113,11 @@ class EncoderTap:
                 "pass AEMIM(encoder=...) the dotted path of the module that is"
             )
         return call
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of images of the call that was recorded, if one was."""
+        return None if self._call is None else self._call.images.shape[0]
 
     def cancel(self) -> None:
         """Stop recording and forget what was recorded."""
@@ -206,6 +209,23 @@ class EncoderTap:
         return self.__dict__ | dict.fromkeys(passing) | {"_recording": False}
 
 
+def resolve_encoder(model: nn.Module, path: str) -> tuple[nn.Module, str, Any]:
+    """What a dotted path names: the module that owns it, its name there, and the module or method.
+
+    Raises:
+        ValueError: If it names nothing that can be called.
+    """
+    owner_path, _, name = path.rpartition(".")
+    try:
+        owner = model.get_submodule(owner_path)
+        encoder = getattr(owner, name)
+    except AttributeError:
+        encoder = None
+    if not callable(encoder):
+        raise ValueError(_not_found(model, f"encoder={path!r} names nothing"))
+    return owner, name, encoder
+
+
 def find_encoder(model: nn.Module) -> str:
     """Find the submodule that turns images into features.
 
@@ -248,7 +268,7 @@ def take_samples(value: Any, index: Tensor, size: int) -> Any:
         size: Batch size: tensors whose first dimension differs are left alone.
 
     Returns:
-        The same structure; mappings become dicts.
+        The same structure.
     """
 
     def take(tensor: Tensor) -> Tensor:
@@ -259,7 +279,7 @@ def take_samples(value: Any, index: Tensor, size: int) -> Any:
 
 
 def first_dimension(batch: object) -> int:
-    """Batch size: the first dimension of the first tensor that a batch holds.
+    """Batch size: the first dimension of the images, else of the first tensor, of a batch.
 
     Raises:
         ValueError: If it holds no tensor.
@@ -268,14 +288,20 @@ def first_dimension(batch: object) -> int:
     _map_tensors(batch, lambda tensor: found.append(tensor) if tensor.ndim else None)
     if not found:
         raise ValueError(f"the batch ({type(batch).__name__}) holds no tensor with a batch dimension")
-    return found[0].shape[0]
+    return next((tensor for tensor in found if tensor.ndim >= 4), found[0]).shape[0]
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
-    if hasattr(value, "items") and callable(value.items):  # dict, UserDict, ModelOutput
-        return {key: _map_tensors(item, function) for key, item in value.items()}
+    if hasattr(value, "items") and callable(value.items):  # dict, UserDict, BatchFeature, ModelOutput
+        mapped = copy.copy(value)
+        for key, item in value.items():
+            mapped[key] = _map_tensors(item, function)
+        return mapped
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **_map_tensors(fields, function))
     if isinstance(value, list | tuple):
         items = [_map_tensors(item, function) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

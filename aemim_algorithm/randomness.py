@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["RngState", "choose_samples", "uniform_noise"]
 
-_NOISE, _CHOICE = 1, 2  # streams that must not share a hash
+_NOISE, _CHOICE, _TURN = 1, 2, 3  # streams that must not share a hash
 _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio as int64, the increment of SplitMix64
 
 
@@ -82,8 +82,9 @@ def uniform_noise(shape: torch.Size, *, seed: int, batch: int, positions: Tensor
 def choose_samples(size: int, ratio: float, *, seed: int, batch: int, first: int = 0) -> Tensor:
     """Choose a share of a rank's batch: one sample of every ``1 / ratio`` consecutive ones.
 
-    Every rank chooses the same number, so that they carry equal work. Where ``1 / ratio`` divides the
-    rank's batch the choice is that of the global batch, whatever the number of ranks.
+    Every rank chooses the same number, so that they carry equal work, and every sample is as likely. Where
+    the rank's batch divides into equal strata the choice is that of the global batch, whatever the
+    number of ranks.
 
     Args:
         size: Samples of this rank's batch.
@@ -99,7 +100,12 @@ def choose_samples(size: int, ratio: float, *, seed: int, batch: int, first: int
     edges = torch.arange(count + 1) * size // count
     start, length = edges[:-1], edges.diff()
     bits = _hash(start + first, _CHOICE, seed, batch)
-    return start + ((bits & 0xFFFFFFFF) * length >> 32)
+    chosen = start + ((bits & 0xFFFFFFFF) * length >> 32)
+    if size % count == 0:
+        return chosen
+    # Strata of unequal length: turn them at random, or samples of the long ones would be rarer.
+    turn = _hash(torch.tensor(first), _TURN, seed, batch) & 0xFFFFFFFF
+    return ((chosen + (turn * size >> 32)) % size).sort().values
 
 
 def _hash(values: Tensor, *key: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from numbers import Real
 
 __all__ = ["nearest", "require_choice", "require_integer", "require_number", "require_per_channel"]
@@ -44,16 +44,15 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def require_per_channel(name: str, value: object, *, positive: bool = False) -> None:
-    """Raise ``ValueError`` unless ``value`` is a sequence of finite numbers, one for each channel."""
-    numbers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    """Raise ``ValueError`` unless ``value`` holds a number in [0, 1], or (0, 1], for each channel."""
+    numbers = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
     for number in numbers or [None]:
-        low = 0.0 if positive else -math.inf
         try:
-            require_number(name, number, low=low, low_open=positive)
+            require_number(name, number, low=0, high=1, low_open=positive)
         except ValueError:
-            bound = "positive numbers" if positive else "numbers"
             raise ValueError(
-                f"{name}={value!r} is out of range: expected a sequence of {bound}, one for each channel"
+                f"{name}={value!r} is out of range: expected a number in {'(' if positive else '['}0, 1] for "
+                "each channel, as pixels are those of [0, 1]"
             ) from None
 
 

@@ -12,7 +12,7 @@ from timm.layers import LayerNorm2d, RmsNorm
 from torch import Tensor, nn
 
 from aemim_algorithm import adversarial_mode, apply_adapters, remove_adapters
-from aemim_algorithm.adapters import adapters_of, adversarial_parameters, preserved_statistics
+from aemim_algorithm.adapters import adapters_of, adversarial_parameters, preserved_buffers
 
 
 class Convolutional(nn.Sequential):
@@ -167,14 +167,14 @@ def test_running_statistics_are_separate_and_can_be_preserved(images: Tensor) ->
     with adversarial_mode(model):
         model(images)
         assert adversarial.num_batches_tracked == 1
-        with preserved_statistics(model):
+        with preserved_buffers(model):
             model(images)
         assert adversarial.num_batches_tracked == 1
-        with preserved_statistics(model, clean_only=True):
+        with preserved_buffers(model, clean_only=True):
             model(images)
     assert adversarial.num_batches_tracked == 2
     assert clean.num_batches_tracked == 0
-    with preserved_statistics(model, clean_only=True):
+    with preserved_buffers(model, clean_only=True):
         model(images).sum().backward()
     assert clean.num_batches_tracked == 0
 

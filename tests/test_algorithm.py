@@ -15,6 +15,7 @@ from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
 from conftest import fit, loader, normalised_images, tiny_mae
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader, TensorDataset
 
 import aemim_algorithm
@@ -339,12 +340,71 @@ def test_a_nan_stops_the_run_before_the_step_and_names_batch_and_branch(poisoned
     assert all(torch.equal(v, before[n]) or v.isnan().any() for n, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["wrapper", "timm"])
+def test_activation_checkpointing_is_refused(kind: str) -> None:
+    """It recomputes in backward, when the adapters are the clean ones again: silent wrong gradients."""
+    model = tiny_mae()
+    if kind == "timm":
+        model.encoder.set_grad_checkpointing(True)
+    else:
+        model.decoder.blocks[0] = checkpoint_wrapper(model.decoder.blocks[0])
+    with pytest.raises(ValueError, match="cannot train with activation checkpointing yet"):
+        AEMIM().attach(model)
+    aemim, late = AEMIM(), tiny_mae()
+
+    class Wrap(Algorithm):  # as Composer does it, after INIT
+        def match(self, event: Event, state: State) -> bool:
+            return event == Event.FIT_START
+
+        def apply(self, event: Event, state: State, logger: Any) -> None:
+            state.model.decoder.blocks[0] = checkpoint_wrapper(state.model.decoder.blocks[0])
+
+    with pytest.raises(ValueError, match="activation checkpointing yet .found at 'decoder.blocks.0'"):
+        fit(late, aemim, Wrap())
+
+
+def test_samples_are_chosen_among_the_images_not_the_first_tensor() -> None:
+    model, aemim = tiny_mae(), AEMIM(adversarial_ratio=0.5)
+    aemim.attach(model)
+    result = []
+    aemim._metrics.update = result.append  # type: ignore[method-assign]
+    aemim.training_loss(model, {"anchor": torch.ones(3), "image": normalised_images(8)}, step=0)
+    assert len(result[0].images) == 4
+
+
+def test_any_buffer_is_left_to_the_clean_pass() -> None:
+    """Not only batch normalization's: a teacher's centre, a codebook, a counter."""
+
+    class Counting(MAE):
+        def forward(self, batch: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+            self.count.add_(1)
+            return super().forward(batch, mask)
+
+    for ratio in (1.0, 0.25):
+        model = tiny_mae(kind=Counting)
+        model.register_buffer("count", torch.zeros(()))
+        fit(model, AEMIM(adversarial_ratio=ratio, adversarial_loss="reconstruction"))
+        assert model.count == 2
+
+
+def test_named_parts_of_the_clean_loss_are_kept() -> None:
+    class Parts(MAE):
+        def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            pixels = super().loss(outputs, batch)
+            return {"pixels": pixels, "total": 2 * pixels}
+
+    logger = InMemoryLogger()
+    fit(tiny_mae(kind=Parts), AEMIM(epsilon=0, adapter="none"), loggers=[logger])
+    pixels, total = (logger.data[f"loss/train/{name}"][0][1] for name in ("pixels", "total"))
+    assert total == pytest.approx(2 * pixels)
+
+
 def test_images_outside_the_pixel_range_warn_once() -> None:
     aemim = AEMIM(mean=(0.5, 0.5, 0.5), std=(0.1, 0.1, 0.1))
     aemim.attach(model := tiny_mae())
     with pytest.warns(UserWarning, match=r"leave the pixel range .*pass AEMIM\(mean") as caught:
-        for step in range(3):
-            aemim.training_loss(model, 3 * normalised_images(4), step=step)
+        for step in range(4):  # the first batch looks well
+            aemim.training_loss(model, (0.1 if step == 0 else 3) * normalised_images(4), step=step)
     assert len(caught) == 1
 
 
@@ -354,7 +414,7 @@ def test_images_outside_the_pixel_range_warn_once() -> None:
      ("steps", 2.0, "integer >= 1"), ("step_size", 0.0, r"\(0, inf\)"), ("adversarial_ratio", 0.0, r"\(0, 1\]"),
      ("adversarial_ratio", 1.5, r"\(0, 1\]"), ("loss_ratio", 1.01, r"\[0, 1\]"), ("loss_ratio", float("nan"), r"\[0, 1\]"),
      ("adversarial_loss", "l1", "'kl', 'l2', 'reconstruction'"), ("adapter", "layer", "'cls_token', 'none', 'norm'"),
-     ("mean", 0.5, "one for each channel"), ("std", (1, 1, 0), "positive numbers"), ("encoder", 3, "dotted path")],
+     ("mean", 0.5, "for each channel"), ("std", (1, 1, 0), r"\(0, 1\] for each"), ("mean", (123, 116, 103), r"\[0, 1\] for each"), ("encoder", 3, "dotted path")],
 )  # fmt: skip
 def test_arguments_out_of_range_are_named(argument: str, value: object, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}=.*{allowed}"):

@@ -72,6 +72,54 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MAE, "__init__", refuse)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.mask_ratio=1.5", "model: mask_ratio=1.5 leaves"),
+        ("model.embed_dim=33", "model: "),
+        ("model.image_size=15", "model: "),
+        ("algorithms.aemim.encoder=foo", "encoder='foo' names nothing in MAE"),
+        ("seed=-1", "seed=-1: expected"),
+        ("save_interval=0ep", "save_interval=0ep: expected"),
+        ("save_folder=s3://bucket/run", "expected a local folder"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_model_that_cannot_be_is_refused_before_data_is_read(
+    aemim: Command, recipe: Path, monkeypatch: pytest.MonkeyPatch, override: str, said: str, dry: bool
+) -> None:
+    monkeypatch.setattr(datasets, "write_photos", lambda _: pytest.fail("data was read"))
+    code, out, err = aemim("pretrain", recipe, override, *(["--dry-run"] if dry else []))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert said in err
+    assert list(recipe.parent.iterdir()) == [recipe]
+
+
+def test_files_left_out_are_counted_and_named(aemim: Command, recipe: Path, images: Path) -> None:
+    (images / "0" / "broken.png").write_text("no image")
+    code, out, _ = aemim("data", images, "shards", "--skip-broken")
+    assert code == 0
+    assert "8 images of 2 classes" in out
+    assert "left out 1 files that are not images, named in shards.broken.txt" in out
+    code, _, err = aemim(
+        "pretrain", recipe, f"data.source={images}", "data.skip_broken=true", "data.workers=0"
+    )
+    assert code == 0
+    assert "left out 1 files" in err
+
+
+def test_a_source_that_has_changed_is_not_trained_on_as_it_was(
+    aemim: Command, recipe: Path, images: Path
+) -> None:
+    arguments = ("pretrain", recipe, f"data.source={images}", "data.workers=0")
+    assert aemim(*arguments)[0] == 0
+    write_png(torch.zeros(3, 20, 20, dtype=torch.uint8), str(images / "0" / "more.png"))
+    code, _, err = aemim(*arguments, "run_name=again")
+    assert code == 1
+    assert "is no conversion of this source with these options: remove it" in err
+
+
 @pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize(
     ("override", "said"),
@@ -131,8 +179,7 @@ def test_a_traceback_is_there_for_whoever_asks(recipe: Path, monkeypatch: pytest
 
 @pytest.mark.usefixtures("nothing_runs")
 def test_the_refusal_would_have_been_seen(aemim: Command, recipe: Path) -> None:
-    with pytest.raises(AssertionError, match="data was read"):
-        aemim("pretrain", recipe)
+    assert "data was read or a model was built" in aemim("pretrain", recipe)[2]
 
 
 def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +205,7 @@ def test_a_dry_run_says_what_a_run_would_cost(aemim: Command, recipe: Path) -> N
 
 def test_from_images_to_an_encoder_file(aemim: Command, recipe: Path, images: Path) -> None:
     code, out, err = aemim("data", images, "shards", "--workers", "1")
-    assert (code, out) == (0, "wrote shards\n")
+    assert (code, out) == (0, "wrote shards: 8 images of 2 classes\n")
     code, out, err = aemim("pretrain", recipe, "data.source=shards", "data.workers=0")
     assert code == 0, err
     for name in ("recipe.yaml", "latest-rank0.pt", "encoder.pt"):

@@ -175,11 +175,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     export_encoder(small_mae(), out)
     before = out.read_bytes()
 
-    def fails_halfway(state: dict[str, Tensor], file: io.BufferedWriter) -> None:
-        file.write(b"half")
+    def fails_halfway(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", fails_halfway)
+    monkeypatch.setattr(Path, "write_bytes", fails_halfway)
     with pytest.raises(OSError, match="No space left"):
         export_encoder(nn.Module.state_dict(trained_looking(small_mae())), out)
     assert out.read_bytes() == before

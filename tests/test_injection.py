@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, UserDict
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -100,6 +101,12 @@ def test_a_copied_model_has_an_idle_tap_of_its_own(images: Tensor) -> None:
         assert torch.equal(tap.stop().images, images)
 
 
+@dataclass
+class Record:
+    tensor: Tensor
+    text: str
+
+
 class Pair(NamedTuple):
     first: Any
     second: Any
@@ -114,8 +121,15 @@ def test_takes_samples_of_every_structure() -> None:
         assert torch.equal(value, expected)
     assert (taken["b"][1], taken["c"].second, taken["e"]) == ("text", 1, None)
     assert taken["d"].shape == (5,)
-    assert torch.equal(take_samples(UserDict(x=tensor), index, 3)["x"], expected)
+    own = UserDict(x=tensor)
+    assert torch.equal(take_samples(own, index, 3)["x"], expected)
+    assert isinstance(take_samples(own, index, 3), UserDict)
+    assert torch.equal(own["x"], tensor)
+    record = take_samples(Record(tensor, "text"), index, 3)
+    assert torch.equal(record.tensor, expected)
+    assert record.text == "text"
     assert first_dimension(("text", {"x": tensor})) == 3
+    assert first_dimension((torch.zeros(7), torch.zeros(2, 3, 4, 4))) == 2
 
 
 def test_first_tensor_of_outputs() -> None:

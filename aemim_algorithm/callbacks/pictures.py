@@ -1,8 +1,8 @@
 """A grid of pictures that shows what the model sees and makes of it.
 
 One row an image: original, masked, clean reconstruction and, under AEMIM, adversarial image, perturbation and
-adversarial reconstruction. The images are the first of the run, so that pictures can be compared over
-time. Costs one forward, and one attack, of a few images each time.
+adversarial reconstruction. The images are the first that the process trains on, so that pictures can be
+compared over time. Costs one forward, and one attack, of a few images each time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
 from aemim_algorithm.algorithm import AEMIM
+from aemim_algorithm.evaluation.features import evaluating
 from aemim_algorithm.injection import first_dimension, take_samples
 from aemim_algorithm.models.masking import images_in, mask_images
 from aemim_algorithm.randomness import RngState
@@ -69,7 +70,7 @@ class ReconstructionPictures(Callback):
             )
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        """Keep the first images of the run."""
+        """Keep the first images."""
         if self._batch is None:
             size = first_dimension(state.batch)
             self._batch = take_samples(state.batch, torch.arange(min(size, self.num_images)), size)
@@ -119,14 +120,12 @@ def draw_pictures(model: Any, batch: Any, aemim: AEMIM | None, *, seed: int = 0)
     Returns:
         The pictures.
     """
-    rng, training = RngState.capture(), model.training
+    rng = RngState.capture()
     torch.manual_seed(seed)
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             return _reconstruct(model, batch, aemim, seed)
     finally:
-        model.train(training)
         rng.restore()
 
 
@@ -184,7 +183,7 @@ def _figure(columns: dict[str, Tensor], title: str) -> Figure:
     gap = max(1, width // 16)
     images = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
     grid = make_grid(images, nrow=len(columns), padding=gap, pad_value=1.0)
-    wide, above, below = 1.7 * len(columns), 0.6, 0.4  # inches
+    wide, above, below = 1.7 * len(columns), 0.7, 0.4  # inches
     high = wide * grid.shape[1] / grid.shape[2]
     figure = Figure(figsize=(wide, high + above + below))
     axis = figure.add_axes((0, below / (high + above + below), 1, high / (high + above + below)))

@@ -137,7 +137,7 @@ def staged(out: Path) -> Iterator[Path]:
     stage.mkdir()
     try:
         yield stage
-        stage.rename(out)
+        _publish(stage, out)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -145,6 +145,20 @@ def staged(out: Path) -> Iterator[Path]:
         raise ConversionError(_disk_full(out, "more needed")) from error
     finally:  # also after KeyboardInterrupt; nothing is left to remove after the rename
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _publish(stage: Path, out: Path) -> None:
+    """Rename the stage to ``out``, unless another process was first to write just the same there."""
+    try:
+        stage.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or _files(stage) != _files(out):
+            raise
+
+
+def _files(folder: Path) -> set[tuple[Path, int]]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {(path.relative_to(folder), path.stat().st_size) for path in found}
 
 
 def check_space(out: Path, needed: int) -> None:

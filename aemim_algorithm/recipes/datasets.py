@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from composer.utils import dist
 
-from aemim_algorithm.data.convert import convert
+from aemim_algorithm.data.convert import convert, report_path
 from aemim_algorithm.data.photos import write_photos
 from aemim_algorithm.recipes.schema import DataRecipe
 
@@ -56,13 +57,22 @@ def shards_of(source: str, data: DataRecipe, *, split: str) -> Path:
         "skip_broken": data.skip_broken,
         "split": split,
     }
-    return _written_once(target, lambda: convert(source, target, **options))
+
+    def write() -> None:
+        done = convert(source, target, **options)
+        if done.broken:
+            report = report_path(target)
+            print(
+                f"left out {len(done.broken)} files that are not images, named in {report}", file=sys.stderr
+            )
+
+    return _written_once(target, write)
 
 
 def cached_at(source: str, data: DataRecipe, *, split: str) -> Path:
     """Where the shards of a local source go; another file or another size has another place.
 
-    A folder counts as the same while its path is the same: remove its cache after a change.
+    A folder keeps its place when its files change: :func:`convert` then refuses, naming the place.
     """
     path = Path(source).resolve()
     stat = path.stat()
@@ -87,10 +97,12 @@ def _cache_name(name: str, *identity: object) -> str:
 
 
 def _written_once(target: Path, write: Callable[[], object]) -> Path:
-    """Let one process per machine write a folder, which appears only when it is complete."""
+    """Let one process per machine write a folder, which appears only when it is complete.
+
+    Writing again does nothing where the same source was written, and refuses where it has changed.
+    """
     if dist.get_local_rank() == 0:
-        if not is_shards(str(target)):
-            write()
+        write()
         return target
     # Not a barrier: converting a large data set outlasts any collective's timeout. Should the writer
     # fail, its launcher ends this process.

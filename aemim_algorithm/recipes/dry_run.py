@@ -14,7 +14,7 @@ from aemim_algorithm.recipes.datasets import is_remote, is_shards
 from aemim_algorithm.recipes.estimate import Estimate, estimate, matmul_rate
 from aemim_algorithm.recipes.preflight import device_of, precision_of, prepare
 from aemim_algorithm.recipes.pretrain import learning_rate, microbatch_of
-from aemim_algorithm.recipes.schema import Recipe, recipe_yaml
+from aemim_algorithm.recipes.schema import Recipe, RecipeError, recipe_yaml
 
 __all__ = ["count_images", "dry_run"]
 
@@ -59,8 +59,11 @@ def count_images(source: str) -> int | None:
     if path.is_dir():
         return sum(1 for file in path.rglob("*") if file.is_file())
     if path.is_file() and not is_remote(source):
-        with tarfile.open(path) as archive:
-            return sum(1 for member in archive if member.isfile())
+        try:
+            with tarfile.open(path) as archive:
+                return sum(1 for member in archive if member.isfile())
+        except tarfile.TarError as error:
+            raise RecipeError(f"data.source={source}: expected a tar of images ({error})") from error
     return None
 
 

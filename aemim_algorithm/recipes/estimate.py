@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aemim_algorithm.adapters import apply_adapters
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.injection import find_encoder
+from aemim_algorithm.injection import find_encoder, resolve_encoder
 from aemim_algorithm.losses import total_loss
 
 __all__ = ["Estimate", "attack_flops", "estimate", "matmul_rate", "saved_bytes", "step_flops"]
@@ -70,7 +70,7 @@ def estimate(
     flops = step_flops(model, batch, algorithm) / 2
     kept = saved_bytes(model, batch) // 2
     stock = _count(model)
-    encoder = _count(model.get_submodule(_encoder_path(model, algorithm)))
+    encoder = _count(_encoder(model, algorithm))
     if algorithm is not None:
         apply_adapters(model, algorithm.adapter)
         # The clean graph is still there while the adversarial pass builds its own.
@@ -108,22 +108,29 @@ def step_flops(model: ComposerModel, batch: Any, algorithm: AEMIM | None = None)
     clean = float(counter.get_total_flops())
     if algorithm is None:
         return clean
-    attack = algorithm.steps * attack_flops(model, batch, _encoder_path(model, algorithm))
+    encoder = None if algorithm.adversarial_loss == "reconstruction" else _encoder(model, algorithm)
+    attack = algorithm.steps * attack_flops(model, batch, encoder)
     return clean + algorithm.adversarial_ratio * (attack + clean)
 
 
-def attack_flops(model: ComposerModel, batch: Any, encoder: str) -> float:
-    """FLOPs of one attack step: encoder forward, and backward to the image, not to the weights.
+def attack_flops(model: ComposerModel, batch: Any, encoder: nn.Module | None) -> float:
+    """FLOPs of one attack step: a forward, and a backward to the image, not to the weights.
 
     Args:
         model: The model.
-        batch: A batch on the model's device.
-        encoder: Dotted path of the submodule that receives the image.
+        batch: Images and labels, on the model's device.
+        encoder: The submodule that is attacked; ``None``: the reconstruction loss of the whole model.
 
     Returns:
         FLOPs for the whole batch.
     """
-    module = model.get_submodule(encoder)
+    if encoder is None:
+        images = batch[0].detach().requires_grad_().clone()
+        with FlopCounterMode(display=False) as counter:
+            loss = total_loss(model.loss(model((images, *batch[1:])), batch))
+            torch.autograd.grad(loss, images)
+        return float(counter.get_total_flops())
+    module = encoder
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,8 +203,11 @@ def matmul_rate(
     return products * 2 * side**3 / elapsed
 
 
-def _encoder_path(model: nn.Module, algorithm: AEMIM | None) -> str:
-    return (algorithm.encoder if algorithm is not None else None) or find_encoder(model)
+def _encoder(model: nn.Module, algorithm: AEMIM | None) -> nn.Module:
+    """The encoder, or the module whose method it is."""
+    path = (algorithm.encoder if algorithm is not None else None) or find_encoder(model)
+    owner, _, encoder = resolve_encoder(model, path)
+    return encoder if isinstance(encoder, nn.Module) else owner
 
 
 def _count(module: nn.Module) -> int:

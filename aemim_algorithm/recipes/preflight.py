@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from composer.utils import dist
 
+from aemim_algorithm.adapters import apply_adapters
+from aemim_algorithm.algorithm import AEMIM
+from aemim_algorithm.injection import find_encoder, resolve_encoder
+from aemim_algorithm.recipes.layers import first_line
 from aemim_algorithm.recipes.registry import Parts, build_parts
 from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
 
@@ -34,6 +38,7 @@ def prepare(recipe: Recipe) -> Parts:
     parts = build_parts(recipe)
     _check_machine(recipe)
     _check_resumable(recipe)
+    _check_model(recipe, parts)
     return parts
 
 
@@ -55,6 +60,21 @@ def precision_of(recipe: Recipe) -> str:
     """The precision of the run, as Composer calls it."""
     # Composer's own default on a GPU is float16, under which long MAE runs were seen to diverge.
     return recipe.precision or ("amp_bf16" if on_gpu(recipe) else "fp32")
+
+
+def _check_model(recipe: Recipe, parts: Parts) -> None:
+    """Run the model on the meta device, where nothing is computed, and give it AEMIM's adapters."""
+    size = recipe.model["image_size"]
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model = parts.model().to("meta")
+            model((torch.empty(2, 3, size, size), torch.empty(2)))
+        for algorithm in parts.algorithms:
+            if isinstance(algorithm, AEMIM):
+                resolve_encoder(model, algorithm.encoder or find_encoder(model))
+                apply_adapters(model, algorithm.adapter)
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+        raise RecipeError(f"model: {first_line(error)}") from error
 
 
 def _check_machine(recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
 """From the names and options of a recipe to the objects that a Trainer takes.
 
 Options are checked against the signature of what they are for, so a misspelt or mistyped one is a
-:class:`RecipeError` with the known_names known name, before data is read or a model is built.
+:class:`RecipeError` with the nearest known name, before data is read or a model is built.
 """
 
 from __future__ import annotations

@@ -152,6 +152,8 @@ def _check_values(recipe: Recipe) -> None:
     data, optimizer, schedule = recipe.data, recipe.optimizer, recipe.schedule
     micro, low, high = recipe.device_train_microbatch_size, *data.crop_scale
     _require(recipe.global_batch_size >= 1, recipe, "global_batch_size", "at least 1")
+    _require(0 <= recipe.seed < 2**32, recipe, "seed", "in [0, 2**32)")
+    _require("://" not in recipe.save_folder, recipe, "save_folder", "a local folder")
     _require(
         micro in (None, "auto") or (isinstance(micro, int) and micro >= 1),
         recipe,
@@ -181,7 +183,11 @@ def _check_durations(recipe: Recipe) -> None:
     whole = re.compile(r"[1-9]\d*(ep|ba|sp)")
     share = re.compile(r"\d+(ep|ba|sp)|0?\.\d+dur")
     _require(bool(whole.fullmatch(recipe.max_duration)), recipe, "max_duration", example)
-    _require(bool(share.fullmatch(recipe.save_interval)), recipe, "save_interval", example)
+    interval = recipe.save_interval
+    positive = bool(whole.fullmatch(interval)) or (
+        interval.endswith("dur") and bool(share.fullmatch(interval))
+    )
+    _require(positive, recipe, "save_interval", example)
     warmup = recipe.schedule.warmup
     _require(bool(share.fullmatch(warmup)), recipe, "schedule.warmup", f"{example} or 0.05dur")
     total = recipe.max_duration

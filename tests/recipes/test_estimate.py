@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from composer.models import ComposerModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from aemim_algorithm.algorithm import AEMIM
 from aemim_algorithm.models import MODELS
@@ -45,7 +47,8 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     # Forward, gradient of the weights, gradient of the input; the image needs none in training.
     clean = 2 * encoder + 3 * decoder
     assert step_flops(Linear(), batch) == clean
-    assert attack_flops(Linear(), batch, "encoder") == 2 * encoder
+    model = Linear()
+    assert attack_flops(model, batch, model.encoder) == 2 * encoder
     fast = AEMIM(steps=1, adversarial_ratio=0.25)
     assert step_flops(Linear(), batch, fast) == clean + 0.25 * (2 * encoder + clean)
 
@@ -63,6 +66,28 @@ def test_vit_base_costs_what_the_paper_says(algorithm: AEMIM, ratio: float) -> N
     cost = estimate(MODELS["mae_vit_base_patch16"], image_size=224, algorithm=algorithm)
     assert cost.flops_ratio == pytest.approx(ratio, abs=0.01)
     assert cost.encoder == 85_798_656  # timm's vit_base_patch16_224 without its classifier
+
+
+@pytest.mark.parametrize("adversarial_loss", ["l2", "reconstruction"])
+def test_an_attack_step_is_counted_as_it_runs(adversarial_loss: str) -> None:
+    with torch.device("meta"):
+        model = TINY()
+    model = model.to("meta")
+    batch = (torch.empty(4, 3, 16, 16, device="meta"), torch.empty(4, device="meta"))
+    one, two = (step_flops(model, batch, AEMIM(steps=n, adversarial_loss=adversarial_loss)) for n in (1, 2))
+    forward = _forward_flops(lambda: model.loss(model(batch), batch))
+    encoder = _forward_flops(
+        lambda: model.encoder(batch[0], torch.zeros(4, 4, dtype=torch.int64, device="meta"))
+    )
+    whole = forward if adversarial_loss == "reconstruction" else encoder
+    # Forward, and the half of a backward that goes to the inputs.
+    assert two - one == pytest.approx(2 * whole, rel=0.05)
+
+
+def _forward_flops(run: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return float(counter.get_total_flops())
 
 
 def test_the_estimate_agrees_with_the_real_model() -> None:

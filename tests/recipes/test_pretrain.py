@@ -15,7 +15,7 @@ from composer.loggers import InMemoryLogger
 from torchvision.io import write_png
 
 from aemim_algorithm.callbacks import FiniteLoss
-from aemim_algorithm.recipes import datasets
+from aemim_algorithm.data import convert
 from aemim_algorithm.recipes.datasets import train_shards
 from aemim_algorithm.recipes.preflight import prepare
 from aemim_algorithm.recipes.pretrain import (
@@ -137,7 +137,7 @@ def test_a_finished_run_can_be_started_again(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(datasets, "convert", refuse)
+    monkeypatch.setattr(convert, "write_shards", refuse)
     recipe, outputs = finished
     before = encoder_of(outputs)
     again = pretrain(replace(recipe, evaluate=False, loggers={}))
