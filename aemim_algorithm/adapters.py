@@ -39,7 +39,7 @@ __all__ = [
     "require_no_checkpointing",
 ]
 
-ADAPTERS = ("norm", "cls_token", "none")
+ADAPTERS = ("norm", "cls_token", "both", "none")
 
 _TORCH_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _NORM_NAME = re.compile(r"Norm|GRN")
@@ -120,7 +120,7 @@ def apply_adapters(
     Args:
         model: Any model.
         adapter: ``"norm"`` for every normalization layer, ``"cls_token"`` for the class token,
-            ``"none"`` for nothing (paper, Table 8c).
+            ``"both"``, or ``"none"`` for nothing (paper, Table 8c).
         optimizers: The optimizers that train ``model``, if they exist already.
 
     Returns:
@@ -130,24 +130,21 @@ def apply_adapters(
         ValueError: If ``adapter`` is unknown, or the model has nothing of this kind to adapt.
     """
     require_choice("adapter", adapter, ADAPTERS)
-    if adapter == "none":
-        return 0
-    count = 0
     copies = _modules_of_copies(model)
-    for module in [module for module in model.modules() if module not in copies]:
-        if _is_norm(module) if adapter == "norm" else _has_class_token(module):
-            _become_adapter(module, DualNorm if adapter == "norm" else DualClassToken)
-            count += 1
-    if count == 0:
-        other = "cls_token" if adapter == "norm" else "norm"
-        raise ValueError(
-            f"adapter={adapter!r} found nothing to adapt: {type(model).__name__} has no "
-            f"{'normalization layer' if adapter == 'norm' else 'cls_token parameter'} with "
-            f"parameters; pass adapter={other!r} or adapter='none'"
-        )
+    modules = [module for module in model.modules() if module not in copies]
+    norms = [module for module in modules if _is_norm(module)] if adapter in ("norm", "both") else []
+    tokens = [m for m in modules if _has_class_token(m)] if adapter in ("cls_token", "both") else []
+    if adapter in ("norm", "both") and not norms:
+        raise ValueError(_nothing_to_adapt(model, adapter, "normalization layer", "cls_token"))
+    if adapter in ("cls_token", "both") and not tokens:
+        raise ValueError(_nothing_to_adapt(model, adapter, "cls_token parameter", "norm"))
+    for module in norms:
+        _become_adapter(module, DualNorm)
+    for module in tokens:
+        _become_adapter(module, DualClassToken)
     for optimizer in _as_tuple(optimizers):
         _join_optimizer(optimizer, adapters_of(model))
-    return count
+    return len(norms) + len(tokens)
 
 
 def remove_adapters(model: nn.Module) -> int:
@@ -234,6 +231,13 @@ def adversarial_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [copy for adapter in adapters_of(model) for _, copy in adapter.twins()]
 
 
+def _nothing_to_adapt(model: nn.Module, adapter: str, what: str, other: str) -> str:
+    return (
+        f"adapter={adapter!r} found nothing to adapt: {type(model).__name__} has no "
+        f"trainable {what}; pass adapter={other!r} or adapter='none'"
+    )
+
+
 def _modules_of_copies(model: nn.Module) -> set[nn.Module]:
     duals = [module for module in model.modules() if isinstance(module, DualNorm)]
     return {module for dual in duals for module in dual.adversarial.modules()}
@@ -242,15 +246,19 @@ def _modules_of_copies(model: nn.Module) -> set[nn.Module]:
 def _is_norm(module: nn.Module) -> bool:
     if isinstance(module, DualNorm):
         return True
-    has_state = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-    known = isinstance(module, _TORCH_NORMS)
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return False  # of a frozen teacher or tokenizer
     # A leaf of its own making: timm's RmsNorm, GlobalResponseNorm, a library's LlamaRMSNorm.
     leaf = not any(module.children()) and _NORM_NAME.search(type(module).__name__) is not None
-    return (known and has_state) or (leaf and any(True for _ in module.parameters()))
+    if isinstance(module, _TORCH_NORMS):
+        return bool(parameters) or any(True for _ in module.buffers())
+    return leaf and bool(parameters)
 
 
 def _has_class_token(module: nn.Module) -> bool:
-    return isinstance(module, DualClassToken) or module._parameters.get("cls_token") is not None
+    token = module._parameters.get("cls_token")
+    return isinstance(module, DualClassToken) or (token is not None and token.requires_grad)
 
 
 def _become_adapter(module: nn.Module, kind: type[Adapter]) -> None:

@@ -25,19 +25,29 @@ from composer.core import Algorithm, Event, State
 from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.models import ComposerModel
-from composer.utils import dist
+from composer.optim import ComposerScheduler
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from aemim_algorithm.adapters import ADAPTERS, apply_adapters, require_no_checkpointing
-from aemim_algorithm.attack import outside_pixel_range
+from aemim_algorithm.adapters import ADAPTERS, adapters_of, apply_adapters, require_no_checkpointing
 from aemim_algorithm.branch import AdversarialBranch, AdversarialPass
-from aemim_algorithm.injection import EncoderTap, find_encoder, first_dimension, resolve_encoder
+from aemim_algorithm.checkpoints import adapt_state_dict, argument_differences
+from aemim_algorithm.composition import (
+    copy_again,
+    freeze_twins,
+    prepare_for,
+    repeat_randomness_when_compiled,
+)
+from aemim_algorithm.injection import EncoderTap
 from aemim_algorithm.losses import DISTANCES, total_loss
-from aemim_algorithm.metrics import AttackMetrics, FiniteLossCheck
-from aemim_algorithm.randomness import RngState, choose_samples, uniform_noise
+from aemim_algorithm.metrics import AttackMetrics, FiniteLossCheck, PixelRangeCheck
+from aemim_algorithm.plan import BatchPlan, noise_of
+from aemim_algorithm.randomness import RngState
+from aemim_algorithm.samples import first_dimension
+from aemim_algorithm.schedule import Schedule, parse_schedule, schedule_text, value_at
+from aemim_algorithm.search import find_encoder, resolve_encoder
 from aemim_algorithm.validation import (
     require_choice,
     require_integer,
@@ -47,9 +57,16 @@ from aemim_algorithm.validation import (
 
 __all__ = ["AEMIM"]
 
+Scheduled = float | str | ComposerScheduler
+"""A number, or a schedule: ``"linear 0→2 over 0.1dur"``, or Composer's linear or cosine scheduler."""
+
 
 class AEMIM(Algorithm):
     """Train a masked-image model on adversarial examples, too.
+
+    ``epsilon``, ``adversarial_ratio`` and ``loss_ratio`` may change during a run: each takes a number, a
+    schedule such as ``"linear 0→2 over 0.1dur"`` or ``"cosine 1→0.5 over 20ep"``, or Composer's
+    ``LinearScheduler`` or ``CosineAnnealingScheduler``.
 
     Args:
         epsilon: L-infinity budget ε of the attack, in 1/255 of the pixel range, in [0, 255].
@@ -60,9 +77,10 @@ class AEMIM(Algorithm):
         adversarial_loss: What the attack maximises: the ``"l2"`` or ``"kl"`` distance of the encoder's
             features (Eq. 7), or the ``"reconstruction"`` loss.
         adapter: What the branches do not share: ``"norm"`` for every normalization layer,
-            ``"cls_token"`` for the class token, ``"none"`` (paper, Table 8c).
+            ``"cls_token"`` for the class token, ``"both"``, ``"none"`` (paper, Table 8c).
         encoder: Dotted path of the module or method that turns images into features; ``None`` looks
-            for ``encoder``, then for Hugging Face's ``base_model_prefix``.
+            for ``encoder``, for Hugging Face's ``base_model_prefix``, then for the one submodule
+            that images can enter.
         mean: Mean of the images' normalisation, one value for each channel, in [0, 1] pixels.
         std: Standard deviation of the images' normalisation, likewise, positive.
 
@@ -73,47 +91,55 @@ class AEMIM(Algorithm):
     def __init__(
         self,
         *,
-        epsilon: float = 2.0,
+        epsilon: Scheduled = 2.0,
         steps: int = 2,
         step_size: float | None = None,
-        adversarial_ratio: float = 1.0,
-        loss_ratio: float = 0.5,
+        adversarial_ratio: Scheduled = 1.0,
+        loss_ratio: Scheduled = 0.5,
         adversarial_loss: str = "l2",
         adapter: str = "norm",
         encoder: str | None = None,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
-        require_number("epsilon", epsilon, low=0, high=255, unit=" (1/255 of the pixel range)")
-        require_integer("steps", steps, low=1)
-        if step_size is not None:
-            require_number("step_size", step_size, low=0, low_open=True, unit=" (1/255)")
-        require_number("adversarial_ratio", adversarial_ratio, low=0, high=1, low_open=True)
-        require_number("loss_ratio", loss_ratio, low=0, high=1)
-        require_choice("adversarial_loss", adversarial_loss, [*DISTANCES, "reconstruction"])
-        require_choice("adapter", adapter, ADAPTERS)
-        require_per_channel("mean", mean)
-        require_per_channel("std", std, positive=True)
-        if encoder is not None and not isinstance(encoder, str):
-            raise ValueError(f"encoder={encoder!r}: expected a dotted path such as 'model.encoder'")
-        self.epsilon = epsilon
+        self.epsilon = schedule_text(epsilon)
         self.steps = steps
         self.step_size = step_size
-        self.adversarial_ratio = adversarial_ratio
-        self.loss_ratio = loss_ratio
+        self.adversarial_ratio = schedule_text(adversarial_ratio)
+        self.loss_ratio = schedule_text(loss_ratio)
         self.adversarial_loss = adversarial_loss
         self.adapter = adapter
         self.encoder = encoder
+        self._schedules = self._validate(mean, std)
         self.mean = tuple(mean)
         self.std = tuple(std)
         # What follows is the run's: neither an argument nor part of a checkpoint.
         self._model: ComposerModel | None = None
         self._branch: AdversarialBranch | None = None
+        self._plan: BatchPlan | None = None
         self._result: AdversarialPass | None = None
         self._metrics, self._finite = AttackMetrics(), FiniteLossCheck()
-        self._excess: Tensor | None = None
-        self._range_warned = False
-        self._checkpointing_checked = False
+        self._range = PixelRangeCheck(self.mean, self.std)
+        self._before_batch: RngState | None = None
+        self._repeating = self._checked = False
+
+    def _validate(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, float | Schedule]:
+        unit = " (1/255 of the pixel range)"
+        require_integer("steps", self.steps, low=1)
+        if self.step_size is not None:
+            require_number("step_size", self.step_size, low=0, low_open=True, unit=" (1/255)")
+        require_choice("adversarial_loss", self.adversarial_loss, [*DISTANCES, "reconstruction"])
+        require_choice("adapter", self.adapter, ADAPTERS)
+        require_per_channel("mean", mean)
+        require_per_channel("std", std, positive=True)
+        if self.encoder is not None and not isinstance(self.encoder, str):
+            raise ValueError(f"encoder={self.encoder!r}: expected a dotted path such as 'model.encoder'")
+        ratio = self.adversarial_ratio
+        return {
+            "epsilon": parse_schedule("epsilon", self.epsilon, low=0, high=255, unit=unit),
+            "adversarial_ratio": parse_schedule("adversarial_ratio", ratio, low=0, high=1, low_open=True),
+            "loss_ratio": parse_schedule("loss_ratio", self.loss_ratio, low=0, high=1),
+        }
 
     @classmethod
     def fast(cls, **overrides: Any) -> AEMIM:
@@ -147,15 +173,15 @@ class AEMIM(Algorithm):
         Raises:
             ValueError: If the model has no encoder, nothing to adapt, or checkpoints its activations.
         """
-        path = self.encoder or find_encoder(model)
+        path = self.encoder or find_encoder(model, channels=len(self.mean))
         resolve_encoder(model, path)  # before anything is changed
         require_no_checkpointing(model)
         apply_adapters(model, self.adapter, optimizers)
         if self._model is not model:
-            self._model, self._checkpointing_checked = model, False
+            self._model, self._checked = model, False
+            model.register_load_state_dict_pre_hook(adapt_state_dict)
             self._branch = AdversarialBranch(
                 EncoderTap(model, path),
-                epsilon=self.epsilon,
                 steps=self.steps,
                 step_size=self.step_size,
                 adversarial_loss=self.adversarial_loss,
@@ -174,15 +200,18 @@ class AEMIM(Algorithm):
             step: Number of the batch in the run: noise and choice depend on it.
             seed: Seed of the run.
 
+        Raises:
+            ValueError: If an argument is a schedule: those need a Trainer's time.
+
         Returns:
             ``"total"`` (λ·clean + (1−λ)·adversarial, with gradient), ``"clean"`` and
             ``"adversarial"``, scalars; and the parts of the clean loss if it is a dict.
         """
-        self._start_batch(batch, step, seed)
+        self._start_batch(batch, step, seed, None)
         self._get_branch().start()
         outputs = model(batch)
         self._run_branch(model, batch, outputs)
-        self._warn_once_of_range()
+        self._range.warn_once()
         return self._combine(model, model.loss(outputs, batch))
 
     def attack(
@@ -202,23 +231,39 @@ class AEMIM(Algorithm):
         branch = self._get_branch()
         branch.start()
         outputs = model(batch)
-        positions = torch.arange(first_dimension(batch))
-        noise = partial(_noise, seed=seed, batch=step, positions=positions)
-        return outputs, branch.finish(model, batch, outputs, noise=noise)
+        epsilon = value_at(None, "epsilon", self._schedules["epsilon"])
+        noise = noise_of(seed=seed, number=step, positions=torch.arange(first_dimension(batch)))
+        return outputs, branch.finish(model, batch, outputs, epsilon=epsilon, noise=noise)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare the arguments with those of the run that saved ``state``; warn of differences."""
+        differences = argument_differences(str(state.get("repr", "")), self._arguments())
+        if differences:
+            warnings.warn(
+                f"AEMIM continues a run with other arguments: {'; '.join(differences)}", stacklevel=2
+            )
 
     def _on_init(self, state: State, logger: Logger) -> None:
+        prepare_for(self, state, logger)
         self.attach(_unwrapped(state.model), state.optimizers)
+        copy_again(self, state, logger)
 
     def _on_batch_start(self, state: State, logger: Logger) -> None:
-        self._start_batch(state.batch, int(state.timestamp.batch), state.rank_zero_seed)
+        if not self._checked:  # the model is wrapped and compiled by now
+            self._check_model(state.model)
+        self._start_batch(state.batch, int(state.timestamp.batch), state.rank_zero_seed, state)
+        self._before_batch, self._repeating = None, False
 
     def _on_before_train_batch(self, state: State, logger: Logger) -> None:
-        # Also on a retry with smaller micro-batches, and on each call of an optimizer's closure.
-        self._seen, self._metrics, self._finite = 0, AttackMetrics(), FiniteLossCheck()
-        self._result = None
-        if not self._checkpointing_checked:  # Composer wraps after INIT
-            require_no_checkpointing(state.model)
-            self._checkpointing_checked = True
+        # Once a batch, on each call of an optimizer's closure, and when Composer repeats a batch with
+        # smaller micro-batches: then the masks must be those that it would have had at first.
+        if self._before_batch is None:
+            self._before_batch = RngState.capture()
+        elif self._repeating:
+            self._before_batch.restore()
+        self._repeating = True
+        self._get_plan().rewind()
+        self._metrics, self._finite, self._result = AttackMetrics(), FiniteLossCheck(), None
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
         self._get_branch().start()
@@ -234,9 +279,18 @@ class AEMIM(Algorithm):
         self._finite.update(state.loss)
 
     def _on_after_train_batch(self, state: State, logger: Logger) -> None:
+        self._repeating = False
         self._finite.require_finite(int(state.timestamp.batch))
-        self._warn_once_of_range()
-        logger.log_metrics(self._metrics.compute())
+        self._range.warn_once()
+        scheduled = {
+            f"aemim/{name}": self._now[name]
+            for name, value in self._schedules.items()
+            if isinstance(value, Schedule)
+        }
+        logger.log_metrics(self._metrics.compute() | scheduled)
+
+    def _on_epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        freeze_twins(state)
 
     _handlers = {  # noqa: RUF012 - a constant
         Event.INIT: _on_init,
@@ -246,16 +300,24 @@ class AEMIM(Algorithm):
         Event.AFTER_FORWARD: _on_after_forward,
         Event.AFTER_LOSS: _on_after_loss,
         Event.AFTER_TRAIN_BATCH: _on_after_train_batch,
+        Event.EPOCH_CHECKPOINT: _on_epoch_checkpoint,
     }
 
-    def _start_batch(self, batch: Any, number: int, seed: int) -> None:
-        """Choose the samples of this rank's batch that will be attacked."""
-        self._seed, self._batch, self._seen = seed, number, 0
-        self._batch_size = first_dimension(batch)
-        self._first = dist.get_global_rank() * self._batch_size
-        self._chosen = choose_samples(
-            self._batch_size, self.adversarial_ratio, seed=seed, batch=number, first=self._first
-        )
+    def _check_model(self, model: torch.nn.Module) -> None:
+        """What can be seen only after INIT, before the first batch."""
+        require_no_checkpointing(model)
+        repeat_randomness_when_compiled(_unwrapped(model))
+        if self.adapter != "none" and not adapters_of(model):
+            raise ValueError(
+                "another algorithm has replaced AEMIM's adapters: pass AEMIM after it in algorithms=[...]"
+            )
+        self._checked = True
+
+    def _start_batch(self, batch: Any, number: int, seed: int, state: State | None) -> None:
+        """Choose the samples of this rank's batch that will be attacked, and how."""
+        self._now = {name: value_at(state, name, value) for name, value in self._schedules.items()}
+        ratio = self._now["adversarial_ratio"]
+        self._plan = BatchPlan(first_dimension(batch), ratio, seed=seed, number=number)
 
     def _run_branch(
         self,
@@ -265,35 +327,25 @@ class AEMIM(Algorithm):
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Attack the chosen samples of a micro-batch; the result waits for the loss."""
-        branch, first = self._get_branch(), self._seen
-        size = branch.tap.batch_size or first_dimension(batch)
-        self._seen += size
-        if self._seen > self._batch_size:
-            raise ValueError(
-                f"the encoder has seen {self._seen} images of a batch of {self._batch_size}: AEMIM takes the "
-                "batch size from the first tensor of the batch that can be images; put the images first"
-            )
-        index = self._chosen[(self._chosen >= first) & (self._chosen < first + size)] - first
-        # Over the *expected* number: a mean over what happens to be chosen would weight samples
-        # unequally, and micro-batches would not add up to the batch's gradient.
-        self._weight = len(index) * self._batch_size / (len(self._chosen) * size)
-        if len(index) == 0 and dist.get_world_size() > 1:
-            index = torch.zeros(1, dtype=torch.int64)  # ranks must run the same passes: weight 0
-        if len(index) == 0:
+        branch = self._get_branch()
+        share = self._get_plan().take(branch.tap.batch_size or first_dimension(batch))
+        self._result = None
+        if share is None:
             branch.cancel()
-            self._result = None
             return
+        self._weight = share.weight
         self._result = branch.finish(
             model,
             batch,
             outputs,
-            noise=partial(_noise, seed=self._seed, batch=self._batch, positions=index + self._first + first),
-            index=None if len(index) == size else index,
+            epsilon=self._now["epsilon"],
+            noise=share.noise,
+            index=share.index,
             precision=precision,
         )
-        if self._weight > 0:
+        if share.weight > 0:
             self._metrics.update(self._result)
-        self._look_at_range(self._result.clean_images)
+        self._range.update(self._result.clean_images)
 
     def _combine(self, model: ComposerModel, loss: Any) -> dict[str, Tensor]:
         """λ·L_c + (1−λ)·L_a (Eq. 5); the target of L_a is the clean batch."""
@@ -305,28 +357,14 @@ class AEMIM(Algorithm):
             rng = RngState.capture()
             adversarial = self._weight * total_loss(model.loss(result.outputs, result.batch))
             rng.restore()
-        total = self.loss_ratio * clean + (1 - self.loss_ratio) * adversarial
+        ratio = self._now["loss_ratio"]
+        total = ratio * clean + (1 - ratio) * adversarial
         named = {name: part.detach() for name, part in loss.items()} if isinstance(loss, Mapping) else {}
         return named | {"total": total, "clean": clean.detach(), "adversarial": adversarial.detach()}
 
-    def _look_at_range(self, images: Tensor) -> None:
-        if not self._range_warned:
-            excess = outside_pixel_range(images, self.mean, self.std)
-            self._excess = excess if self._excess is None else self._excess.maximum(excess)
-
-    def _warn_once_of_range(self) -> None:
-        """Waits for the device, so once a batch, and no more after the warning."""
-        if self._excess is None:
-            return
-        excess, self._excess = self._excess.item(), None
-        if excess > 0.01:
-            self._range_warned = True
-            warnings.warn(
-                f"AEMIM: the images leave the pixel range [0, 1] by {excess:.2f} after undoing "
-                f"mean={self.mean} and std={self.std}: pass AEMIM(mean=..., std=...) the values that "
-                "the images were normalised with, or epsilon will not be 1/255 of the pixel range",
-                stacklevel=2,
-            )
+    def _get_plan(self) -> BatchPlan:
+        assert self._plan is not None, "BATCH_START comes first"
+        return self._plan
 
     def _get_branch(self) -> AdversarialBranch:
         if self._branch is None:
@@ -349,11 +387,6 @@ class AEMIM(Algorithm):
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy starts unattached: hooks and tensors of a run belong to its model.
         return partial(type(self), **self._arguments()), ()
-
-
-def _noise(images: Tensor, *, seed: int, batch: int, positions: Tensor) -> Tensor:
-    positions = positions.to(images.device)
-    return uniform_noise(images.shape, seed=seed, batch=batch, positions=positions)
 
 
 def _unwrapped(model: Any) -> ComposerModel:

@@ -7,6 +7,7 @@ range and become bounds for each channel of the normalised image, so that no pas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from aemim_algorithm.validation import require_integer, require_number, require_per_channel
 
-__all__ = ["at_least_float32", "linf_distance", "outside_pixel_range", "pgd_attack"]
+__all__ = ["at_least_float32", "linf_distance", "outside_pixel_range", "pgd_attack", "unit_gradient"]
 
 
 def pgd_attack(
@@ -70,8 +71,36 @@ def pgd_attack(
     adversarial = (clean + epsilon * unit * noise).clamp(lower, upper)
     for _ in range(steps):
         gradient = _image_gradient(objective, adversarial.to(images.dtype))
-        adversarial = (adversarial + step_size * unit * gradient.sign()).clamp(lower, upper)
+        # Half precision may overflow to inf - inf on the way back: such a pixel stays where it is.
+        adversarial = (adversarial + step_size * unit * gradient.sign().nan_to_num()).clamp(lower, upper)
     return adversarial.to(images.dtype)
+
+
+def unit_gradient(features: Tensor) -> Tensor:
+    """The features themselves, in at least float32, whose gradient comes back with a maximum near 1.
+
+    ``sign`` ignores the scale of a gradient, but half precision does not: the gradient of a small
+    distance underflows to zero on its way to the image, and that of a large one overflows. The factor
+    is a power of two for the whole batch, so it changes no bit of what does not leave the range.
+
+    Args:
+        features: What the objective of :func:`pgd_attack` compares, any shape.
+
+    Returns:
+        The same shape.
+    """
+    return _UnitGradient.apply(at_least_float32(features))
+
+
+class _UnitGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        exponent = torch.frexp(gradient.abs().amax()).exponent.clamp(-120, 120)  # 2**128 would be infinite
+        return torch.ldexp(gradient, -exponent)
 
 
 def linf_distance(adversarial: Tensor, images: Tensor, std: Sequence[float]) -> Tensor:

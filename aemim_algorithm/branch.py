@@ -18,10 +18,11 @@ from composer.models import ComposerModel
 from torch import Tensor
 
 from aemim_algorithm.adapters import adversarial_mode, preserved_buffers
-from aemim_algorithm.attack import linf_distance, pgd_attack
-from aemim_algorithm.injection import EncoderCall, EncoderTap, take_samples
+from aemim_algorithm.attack import at_least_float32, linf_distance, pgd_attack, unit_gradient
+from aemim_algorithm.injection import EncoderCall, EncoderTap
 from aemim_algorithm.losses import DISTANCES, l2_distance, num_tokens, total_loss
 from aemim_algorithm.randomness import RngState
+from aemim_algorithm.samples import take_samples
 
 __all__ = ["AdversarialBranch", "AdversarialPass"]
 
@@ -53,7 +54,6 @@ class AdversarialBranch:
 
     Args:
         tap: Tap on the model's encoder.
-        epsilon: L-infinity budget ε, in 1/255 of the pixel range.
         steps: Attack steps T.
         step_size: Step μ, in 1/255; ``None`` is ``1.25 * epsilon / steps``.
         adversarial_loss: ``"l2"``, ``"kl"`` or ``"reconstruction"``.
@@ -65,7 +65,6 @@ class AdversarialBranch:
         self,
         tap: EncoderTap,
         *,
-        epsilon: float,
         steps: int,
         step_size: float | None,
         adversarial_loss: str,
@@ -74,9 +73,7 @@ class AdversarialBranch:
     ) -> None:
         self.tap = tap
         self.adversarial_loss = adversarial_loss
-        self._attack: dict[str, Any] = dict(  # noqa: C408
-            epsilon=epsilon, steps=steps, step_size=step_size, mean=mean, std=std
-        )
+        self._attack: dict[str, Any] = dict(steps=steps, step_size=step_size, mean=mean, std=std)  # noqa: C408
         self._before: RngState | None = None
 
     def start(self) -> None:
@@ -94,6 +91,7 @@ class AdversarialBranch:
         batch: Any,
         outputs: Any,
         *,
+        epsilon: float,
         noise: Callable[[Tensor], Tensor],
         index: Tensor | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -107,6 +105,7 @@ class AdversarialBranch:
             batch: The batch of the clean forward.
             outputs: Its outputs. A ``"mask"`` among them is given to ``model.forward`` again, if
                 that takes an argument ``mask``; other masks are replayed from the generators.
+            epsilon: L-infinity budget ε, in 1/255 of the pixel range.
             noise: Makes the starting noise, in [-1, 1] and shaped as the images it is given.
             index: The samples to attack, shape (samples,), int64; ``None`` for all.
             precision: Makes the precision context of the passes.
@@ -123,7 +122,7 @@ class AdversarialBranch:
                     size = call.images.shape[0]
                     batch, mask = take_samples((batch, mask), index, size)
                     call = self._sub_call(call, model, batch, mask, index)
-                return self._attack_and_forward(_Step(model, batch, mask, call), noise)
+                return self._attack_and_forward(_Step(model, batch, mask, call), epsilon, noise)
         finally:
             after.restore()
 
@@ -141,7 +140,9 @@ class AdversarialBranch:
             model(batch, **mask)
         return self.tap.stop()
 
-    def _attack_and_forward(self, step: _Step, noise: Callable[[Tensor], Tensor]) -> AdversarialPass:
+    def _attack_and_forward(
+        self, step: _Step, epsilon: float, noise: Callable[[Tensor], Tensor]
+    ) -> AdversarialPass:
         clean_images = step.call.images
         distances: list[Tensor] = []
 
@@ -152,24 +153,30 @@ class AdversarialBranch:
 
         with adversarial_mode(step.model):
             with preserved_buffers(step.model):
-                images = pgd_attack(objective, clean_images, noise=noise(clean_images), **self._attack)
+                images = pgd_attack(
+                    objective, clean_images, epsilon=epsilon, noise=noise(clean_images), **self._attack
+                )
             with preserved_buffers(step.model, clean_only=True):
                 outputs, features = self._forward(step, images)
-        distances.append(self._distance(features.detach(), step.call.features)[1])
+        distances.append(self._distance(step, features.detach())[1])
         perturbation = linf_distance(images, clean_images, self._attack["std"])
         return AdversarialPass(images, clean_images, step.batch, outputs, tuple(distances), perturbation)
 
     def _objective(self, step: _Step, images: Tensor) -> tuple[Tensor, Tensor]:
         """The adversarial loss, summed over samples, and each sample's feature distance."""
         if self.adversarial_loss != "reconstruction":
-            return self._distance(self.tap.encode(step.call, images), step.call.features)
+            return self._distance(step, unit_gradient(self.tap.encode(step.call, images)))
         outputs, features = self._forward(step, images)
-        loss = total_loss(step.model.loss(outputs, step.batch)) * images.shape[0]
-        return loss, self._distance(features.detach(), step.call.features)[1]
+        # A sum over pixels, not a mean, for half precision's sake; a power of two rounds nothing.
+        scale = images.shape[0] * 2 ** (images[0].numel().bit_length() - 1)
+        loss = at_least_float32(total_loss(step.model.loss(outputs, step.batch))) * scale
+        return loss, self._distance(step, features.detach())[1]
 
-    def _distance(self, features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        distance = DISTANCES.get(self.adversarial_loss, l2_distance)(features, reference)
-        return distance.sum(), distance.detach() / num_tokens(reference)
+    def _distance(self, step: _Step, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The distance to the clean features, summed over samples; for each sample, a mean over tokens."""
+        reference, dim = step.call.features, step.call.feature_dim
+        distance = DISTANCES.get(self.adversarial_loss, l2_distance)(features, reference, dim)
+        return distance.sum(), distance.detach() / num_tokens(reference, dim)
 
     def _forward(self, step: _Step, images: Tensor) -> tuple[Any, Tensor]:
         """The whole model on the clean batch, with ``images`` injected at the encoder."""

@@ -8,8 +8,6 @@ still sees the clean batch. So every target that the model computes from its own
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,16 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from aemim_algorithm.randomness import RngState
+from aemim_algorithm.samples import map_tensors, take_samples
+from aemim_algorithm.search import resolve_encoder
 
-__all__ = [
-    "EncoderCall",
-    "EncoderTap",
-    "find_encoder",
-    "first_dimension",
-    "first_tensor",
-    "resolve_encoder",
-    "take_samples",
-]
+__all__ = ["EncoderCall", "EncoderTap", "feature_dim", "first_tensor"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +33,7 @@ class EncoderCall:
         slot: Which of them is the image: an index into ``args`` or a key of ``kwargs``.
         rng: The global generators as the encoder found them.
         features: What it returned, detached: the stop-gradient reference of Eq. 7.
+        feature_dim: Which dimension of them holds a token's features.
         deterministic: Whether the encoder drew nothing from the global generators.
     """
 
@@ -49,6 +42,7 @@ class EncoderCall:
     slot: int | str
     rng: RngState
     features: Tensor
+    feature_dim: int
     deterministic: bool
 
     @property
@@ -161,7 +155,7 @@ class EncoderTap:
             return _replace_image(args, kwargs, self._slot(args, kwargs), images)
         if self._recording and self._call is None and self._entered is None:
             slot = self._slot(args, kwargs)
-            args, kwargs = _map_tensors((args, kwargs), Tensor.detach)
+            args, kwargs = map_tensors((args, kwargs), Tensor.detach)
             self._entered = (args, kwargs, slot, RngState.capture())
         return None
 
@@ -178,7 +172,8 @@ class EncoderTap:
                 "floating-point tensor: pass AEMIM(encoder=...) a module that returns features"
             )
         unchanged = rng == RngState.capture()
-        self._call = EncoderCall(args, kwargs, slot, rng, features.detach(), unchanged)
+        dim = feature_dim(self._encoder, features)
+        self._call = EncoderCall(args, kwargs, slot, rng, features.detach(), dim, unchanged)
 
     def _call_method(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._enter(None, args, kwargs) or (args, kwargs)
@@ -209,44 +204,21 @@ class EncoderTap:
         return self.__dict__ | dict.fromkeys(passing) | {"_recording": False}
 
 
-def resolve_encoder(model: nn.Module, path: str) -> tuple[nn.Module, str, Any]:
-    """What a dotted path names: the module that owns it, its name there, and the module or method.
+def feature_dim(encoder: object, features: Tensor) -> int:
+    """Which dimension of an encoder's output holds the features of a token.
 
-    Raises:
-        ValueError: If it names nothing that can be called.
+    The last one of token sequences, the second of maps, unless the encoder says that its maps carry
+    channels last (timm's ``output_fmt``) or its normalization layers are as wide as the last
+    dimension and not as the second.
     """
-    owner_path, _, name = path.rpartition(".")
-    try:
-        owner = model.get_submodule(owner_path)
-        encoder = getattr(owner, name)
-    except AttributeError:
-        encoder = None
-    if not callable(encoder):
-        raise ValueError(_not_found(model, f"encoder={path!r} names nothing"))
-    return owner, name, encoder
-
-
-def find_encoder(model: nn.Module) -> str:
-    """Find the submodule that turns images into features.
-
-    Looks for a submodule ``encoder``, then for the one that Hugging Face's ``base_model_prefix``
-    names; in the model itself, then in the ``model`` or ``module`` that a Composer wrapper holds.
-
-    Args:
-        model: A masked-image model.
-
-    Returns:
-        The dotted path of the encoder.
-
-    Raises:
-        ValueError: If there is none; the message lists the candidates.
-    """
-    for wrapper in ("", "model", "module"):
-        inner = getattr(model, wrapper, None) if wrapper else model
-        for name in ("encoder", getattr(inner, "base_model_prefix", "")):
-            if name and isinstance(getattr(inner, name, None), nn.Module):
-                return f"{wrapper}.{name}".lstrip(".")
-    raise ValueError(_not_found(model, "AEMIM found no encoder"))
+    if features.ndim < 4:
+        return -1
+    declared = getattr(encoder, "output_fmt", None)
+    if declared is not None:
+        return -1 if str(getattr(declared, "value", declared)) == "NHWC" else 1
+    modules = encoder.modules() if isinstance(encoder, nn.Module) else ()
+    widths = {m.normalized_shape[-1] for m in modules if isinstance(m, nn.LayerNorm)}
+    return -1 if features.shape[-1] in widths and features.shape[1] not in widths else 1
 
 
 def first_tensor(output: object) -> Tensor | None:
@@ -259,68 +231,9 @@ def first_tensor(output: object) -> Tensor | None:
     return next((t for value in values if (t := first_tensor(value)) is not None), None)  # type: ignore[attr-defined]
 
 
-def take_samples(value: Any, index: Tensor, size: int) -> Any:
-    """Take some samples of everything in ``value`` whose first dimension is the batch.
-
-    Args:
-        value: A tensor, or (nested) mappings, lists and tuples that hold tensors.
-        index: Samples to take, shape (count,), int64.
-        size: Batch size: tensors whose first dimension differs are left alone.
-
-    Returns:
-        The same structure.
-    """
-
-    def take(tensor: Tensor) -> Tensor:
-        batched = tensor.ndim > 0 and tensor.shape[0] == size
-        return tensor[index.to(tensor.device)] if batched else tensor
-
-    return _map_tensors(value, take)
-
-
-def first_dimension(batch: object) -> int:
-    """Batch size: the first dimension of the images, else of the first tensor, of a batch.
-
-    Raises:
-        ValueError: If it holds no tensor.
-    """
-    found: list[Tensor] = []
-    _map_tensors(batch, lambda tensor: found.append(tensor) if tensor.ndim else None)
-    if not found:
-        raise ValueError(f"the batch ({type(batch).__name__}) holds no tensor with a batch dimension")
-    return next((tensor for tensor in found if tensor.ndim >= 4), found[0]).shape[0]
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return function(value)
-    if hasattr(value, "items") and callable(value.items):  # dict, UserDict, BatchFeature, ModelOutput
-        mapped = copy.copy(value)
-        for key, item in value.items():
-            mapped[key] = _map_tensors(item, function)
-        return mapped
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **_map_tensors(fields, function))
-    if isinstance(value, list | tuple):
-        items = [_map_tensors(item, function) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
 def _replace_image(
     args: tuple[Any, ...], kwargs: dict[str, Any], slot: int | str, images: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(slot, int):
         return (*args[:slot], images, *args[slot + 1 :]), kwargs
     return args, kwargs | {slot: images}
-
-
-def _not_found(model: nn.Module, what: str) -> str:
-    modules = [name for name, _ in model.named_modules() if 0 < name.count(".") + 1 <= 2 and name]
-    shown = ", ".join(modules[:12]) + (", …" if len(modules) > 12 else "")
-    return (
-        f"{what} in {type(model).__name__}: pass AEMIM(encoder=...) the dotted path of the module "
-        f"or method that turns images into features. Looked for 'encoder' and base_model_prefix in "
-        f"the model and its 'model' or 'module'; candidates: {shown or 'none, it has no submodules'}"
-    )

@@ -18,7 +18,7 @@ from aemim_algorithm.attack import at_least_float32
 __all__ = ["DISTANCES", "kl_divergence", "l2_distance", "num_tokens", "total_loss"]
 
 
-def l2_distance(features: Tensor, reference: Tensor) -> Tensor:
+def l2_distance(features: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
     """Squared Euclidean distance, summed over tokens.
 
     The square has the same maximiser as the norm, and a gradient where the distance is zero.
@@ -26,6 +26,7 @@ def l2_distance(features: Tensor, reference: Tensor) -> Tensor:
     Args:
         features: Adversarial features, shape (batch, tokens, dim) or (batch, channels, ...).
         reference: Clean features, the same shape.
+        dim: Unused: the sum runs over all of them.
 
     Returns:
         Shape (batch,), float32 or wider.
@@ -33,26 +34,27 @@ def l2_distance(features: Tensor, reference: Tensor) -> Tensor:
     return (at_least_float32(features) - at_least_float32(reference)).square().flatten(1).sum(dim=1)
 
 
-def kl_divergence(features: Tensor, reference: Tensor) -> Tensor:
+def kl_divergence(features: Tensor, reference: Tensor, dim: int = -1) -> Tensor:
     """KL(reference ‖ features) of the softmax over each token's features, summed over tokens.
 
     Args:
-        features: Adversarial features, shape (batch, tokens, dim) or (batch, channels, height, width).
+        features: Adversarial features, shape (batch, tokens, dim), or a map such as
+            (batch, channels, height, width).
         reference: Clean features, the same shape.
+        dim: Which dimension holds a token's features.
 
     Returns:
         Shape (batch,), float32 or wider.
     """
-    dim = _feature_dim(features)
     log_probability = F.log_softmax(at_least_float32(features), dim=dim)
     log_reference = F.log_softmax(at_least_float32(reference), dim=dim)
     divergence = F.kl_div(log_probability, log_reference, reduction="none", log_target=True)
     return divergence.flatten(1).sum(dim=1)
 
 
-def num_tokens(features: Tensor) -> int:
+def num_tokens(features: Tensor, dim: int = -1) -> int:
     """Tokens of one sample: what turns a summed distance into the paper's mean over tokens."""
-    return features[0].numel() // features.shape[_feature_dim(features)]
+    return features[0].numel() // features.shape[dim]
 
 
 def total_loss(loss: Any) -> Tensor:
@@ -70,12 +72,7 @@ def total_loss(loss: Any) -> Tensor:
     return torch.stack([part.mean() for part in parts]).sum()
 
 
-def _feature_dim(features: Tensor) -> int:
-    # Convolutional maps are channels first; everything else carries its features last.
-    return 1 if features.ndim == 4 else -1
-
-
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+DISTANCES: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "l2": l2_distance,
     "kl": kl_divergence,
 }

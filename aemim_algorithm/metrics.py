@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from composer.utils import dist
 from torch import Tensor
 
+from aemim_algorithm.attack import outside_pixel_range
 from aemim_algorithm.branch import AdversarialPass
 from aemim_algorithm.losses import total_loss
 
-__all__ = ["AttackMetrics", "FiniteLossCheck"]
+__all__ = ["AttackMetrics", "FiniteLossCheck", "PixelRangeCheck"]
 
 
 class AttackMetrics:
@@ -43,6 +45,40 @@ class AttackMetrics:
             "aemim/feature_distance/last_step": last / count,
             "aemim/perturbation_linf": self._largest.item(),
         }
+
+
+class PixelRangeCheck:
+    """Warns once if images were normalised by other values than the attack believes.
+
+    Args:
+        mean: Mean that the attack believes in.
+        std: Standard deviation likewise.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = mean, std
+        self._excess: Tensor | None = None
+        self._warned = False
+
+    def update(self, images: Tensor) -> None:
+        """Look at the clean images of a micro-batch."""
+        if not self._warned:
+            excess = outside_pixel_range(images, self.mean, self.std)
+            self._excess = excess if self._excess is None else self._excess.maximum(excess)
+
+    def warn_once(self) -> None:
+        """Warn; waits for the device, so once a batch, and no more after the warning."""
+        if self._excess is None:
+            return
+        excess, self._excess = self._excess.item(), None
+        if excess > 0.01:
+            self._warned = True
+            warnings.warn(
+                f"AEMIM: the images leave the pixel range [0, 1] by {excess:.2f} after undoing "
+                f"mean={self.mean} and std={self.std}: pass AEMIM(mean=..., std=...) the values that "
+                "the images were normalised with, or epsilon will not be 1/255 of the pixel range",
+                stacklevel=2,
+            )
 
 
 class FiniteLossCheck:

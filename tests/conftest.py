@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from composer import Trainer
 from composer.core import Algorithm
 from composer.models import ComposerModel
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from aemim_algorithm.adapters import adversarial_parameters
 from aemim_algorithm.models import MAE
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
@@ -42,6 +44,30 @@ def loader(count: int = 16, batch_size: int = 8) -> DataLoader:
     return DataLoader(data, batch_size=batch_size)
 
 
+def perturb(model: nn.Module, scale: float = 0.3) -> None:
+    """Make the adversarial copies of a model differ from the clean parameters: they start equal."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adversarial_parameters(model):
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def assert_same(one: Mapping[str, Any], other: Mapping[str, Any], rtol: float = 0.0) -> None:
+    """State dicts with the same names and values: bitwise, unless there is a tolerance."""
+    assert list(one) == list(other)
+    differing = {
+        name: float((value.double() - other[name].double()).abs().max())
+        for name, value in one.items()
+        if not torch.allclose(value, other[name], rtol=rtol, atol=rtol / 10, equal_nan=True)
+    }
+    assert not differing, differing
+
+
+def clean_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without adversarial copies."""
+    return {name: value for name, value in state.items() if "adversarial" not in name}
+
+
 def fit(
     model: ComposerModel,
     *algorithms: Algorithm,
@@ -51,11 +77,10 @@ def fit(
     **kwargs: Any,
 ) -> Trainer:
     """Train for a moment on the CPU."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     trainer = Trainer(
         model=model,
         train_dataloader=kwargs.pop("train_dataloader", loader()),
-        optimizers=optimizer,
+        optimizers=kwargs.pop("optimizers", None) or torch.optim.AdamW(model.parameters(), lr=1e-2),
         algorithms=list(algorithms),
         max_duration=duration,
         device="cpu",

@@ -13,14 +13,14 @@ from composer import Trainer
 from composer.core import Algorithm, Event, State
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
-from conftest import fit, loader, normalised_images, tiny_mae
+from conftest import clean_part, fit, loader, normalised_images, perturb, tiny_mae
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader, TensorDataset
 
 import aemim_algorithm
 from aemim_algorithm import AEMIM, adversarial_mode
-from aemim_algorithm.adapters import adapters_of, adversarial_parameters
+from aemim_algorithm.adapters import adapters_of
 from aemim_algorithm.models import MAE
 
 
@@ -46,15 +46,8 @@ class Spy(Algorithm):
 def perturbed(aemim: AEMIM, model: MAE, scale: float = 0.3) -> MAE:
     """Attach and make the copies differ from the clean adapters."""
     aemim.attach(model)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adversarial_parameters(model):
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    perturb(model, scale)
     return model
-
-
-def clean_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if "adversarial" not in name}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +61,7 @@ def test_with_loss_ratio_one_a_run_equals_the_baseline_bitwise(aemim: AEMIM, mic
         model.encoder.blocks[0].mlp.drop1.p = 0.2
     fit(baseline, micro=micro, duration="4ba")
     fit(attacked, aemim, micro=micro, duration="4ba")
-    stock, trained = baseline.state_dict(), clean_state(attacked)
+    stock, trained = baseline.state_dict(), clean_part(attacked.state_dict())
     assert list(stock) == list(trained)
     assert all(torch.equal(stock[name], trained[name]) for name in stock)
 
@@ -305,7 +298,7 @@ def test_evaluation_and_prediction_are_not_its_business() -> None:
     aemim = AEMIM()
     assert {event for event in Event if aemim.match(event, None)} == {  # type: ignore[arg-type]
         Event.INIT, Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD,
-        Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH,
+        Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH, Event.EPOCH_CHECKPOINT,
     }  # fmt: skip
 
 
@@ -413,7 +406,7 @@ def test_images_outside_the_pixel_range_warn_once() -> None:
     [("epsilon", -1.0, r"\[0, 255\]"), ("epsilon", "2", r"\[0, 255\]"), ("steps", 0, "integer >= 1"),
      ("steps", 2.0, "integer >= 1"), ("step_size", 0.0, r"\(0, inf\)"), ("adversarial_ratio", 0.0, r"\(0, 1\]"),
      ("adversarial_ratio", 1.5, r"\(0, 1\]"), ("loss_ratio", 1.01, r"\[0, 1\]"), ("loss_ratio", float("nan"), r"\[0, 1\]"),
-     ("adversarial_loss", "l1", "'kl', 'l2', 'reconstruction'"), ("adapter", "layer", "'cls_token', 'none', 'norm'"),
+     ("adversarial_loss", "l1", "'kl', 'l2', 'reconstruction'"), ("adapter", "layer", "'both', 'cls_token', 'none', 'norm'"),
      ("mean", 0.5, "for each channel"), ("std", (1, 1, 0), r"\(0, 1\] for each"), ("mean", (123, 116, 103), r"\[0, 1\] for each"), ("encoder", 3, "dotted path")],
 )  # fmt: skip
 def test_arguments_out_of_range_are_named(argument: str, value: object, allowed: str) -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, UserDict
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_mae
+from timm.layers import LayerNorm2d
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from aemim_algorithm.injection import (
-    EncoderTap,
-    find_encoder,
-    first_dimension,
-    first_tensor,
-    take_samples,
-)
+from aemim_algorithm.injection import EncoderTap, feature_dim, first_tensor
 
 
 class Monolith(nn.Module):
@@ -101,37 +96,6 @@ def test_a_copied_model_has_an_idle_tap_of_its_own(images: Tensor) -> None:
         assert torch.equal(tap.stop().images, images)
 
 
-@dataclass
-class Record:
-    tensor: Tensor
-    text: str
-
-
-class Pair(NamedTuple):
-    first: Any
-    second: Any
-
-
-def test_takes_samples_of_every_structure() -> None:
-    tensor, index = torch.arange(6).view(3, 2), torch.tensor([2, 0])
-    structure = {"a": tensor, "b": [tensor, "text"], "c": Pair(tensor, 1), "d": torch.zeros(5), "e": None}
-    taken = take_samples(structure, index, 3)
-    expected = tensor[[2, 0]]
-    for value in (taken["a"], taken["b"][0], taken["c"].first):
-        assert torch.equal(value, expected)
-    assert (taken["b"][1], taken["c"].second, taken["e"]) == ("text", 1, None)
-    assert taken["d"].shape == (5,)
-    own = UserDict(x=tensor)
-    assert torch.equal(take_samples(own, index, 3)["x"], expected)
-    assert isinstance(take_samples(own, index, 3), UserDict)
-    assert torch.equal(own["x"], tensor)
-    record = take_samples(Record(tensor, "text"), index, 3)
-    assert torch.equal(record.tensor, expected)
-    assert record.text == "text"
-    assert first_dimension(("text", {"x": tensor})) == 3
-    assert first_dimension((torch.zeros(7), torch.zeros(2, 3, 4, 4))) == 2
-
-
 def test_first_tensor_of_outputs() -> None:
     features = torch.zeros(2, 3)
     integers = torch.zeros(2, dtype=torch.int64)
@@ -139,29 +103,6 @@ def test_first_tensor_of_outputs() -> None:
         assert first_tensor(output) is features
     assert first_tensor(("text", integers)) is None
     assert first_tensor(None) is None
-
-
-def test_finds_the_encoder_in_wrappers_and_by_prefix() -> None:
-    assert find_encoder(tiny_mae()) == "encoder"
-    wrapper = nn.Module()
-    wrapper.model = tiny_mae()  # type: ignore[assignment]
-    assert find_encoder(wrapper) == "model.encoder"
-    prefixed = nn.Module()
-    prefixed.base_model_prefix = "vit"  # type: ignore[assignment]
-    prefixed.vit = nn.Linear(1, 1)  # type: ignore[assignment]
-    wrapper.model = prefixed  # type: ignore[assignment]
-    assert find_encoder(wrapper) == "model.vit"
-
-
-def test_a_model_without_encoder_is_told_what_was_searched() -> None:
-    model = nn.ModuleDict({"stem": nn.Conv2d(3, 4, 3), "head": nn.Linear(4, 2)})
-    with pytest.raises(
-        ValueError, match=r"found no encoder in ModuleDict: pass AEMIM\(encoder=.*stem, head"
-    ) as error:
-        find_encoder(model)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="encoder='stam' names nothing"):
-        EncoderTap(model, "stam")
 
 
 class Returns(nn.Module):
@@ -185,3 +126,18 @@ def test_an_encoder_without_features_or_image_is_named(images: Tensor) -> None:
     tap.start()
     with pytest.raises(ValueError, match="was not called with an image"):
         tap.stop()
+
+
+def test_the_dimension_of_the_features() -> None:
+    """Tokens carry them last, maps second, unless timm or the width of the norms says otherwise."""
+    swin = SwinTransformer(
+        img_size=32, window_size=2, embed_dim=12, depths=(1, 1), num_heads=(2, 2), num_classes=0
+    )
+    output = swin.forward_features(torch.zeros(1, 3, 32, 32))
+    assert output.shape == (1, 4, 4, 24)
+    assert feature_dim(swin, output) == -1
+    assert feature_dim(nn.Sequential(swin), output) == -1  # by the width of its norms
+    assert feature_dim(nn.Sequential(nn.Conv2d(3, 8, 1), LayerNorm2d(8)), torch.zeros(1, 8, 4, 4)) == 1
+    assert feature_dim(nn.Conv2d(3, 8, 1), torch.zeros(1, 8, 4, 4)) == 1
+    assert feature_dim(swin.forward_features, output) == 1  # a method has nothing to ask
+    assert feature_dim(nn.Linear(1, 1), torch.zeros(1, 5, 7)) == -1

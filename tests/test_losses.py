@@ -22,10 +22,10 @@ def test_distances_agree_with_numpy(shape: tuple[int, ...], axis: int, tokens: i
     generator = torch.Generator().manual_seed(0)
     features, reference = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
     f, r = features.numpy(), reference.numpy()
-    assert np.allclose(l2_distance(features, reference), ((f - r) ** 2).reshape(3, -1).sum(1))
+    assert np.allclose(l2_distance(features, reference, axis), ((f - r) ** 2).reshape(3, -1).sum(1))
     p, q = softmax(r, axis), softmax(f, axis)
-    assert np.allclose(kl_divergence(features, reference), (p * np.log(p / q)).reshape(3, -1).sum(1))
-    assert num_tokens(features) == tokens
+    assert np.allclose(kl_divergence(features, reference, axis), (p * np.log(p / q)).reshape(3, -1).sum(1))
+    assert num_tokens(features, axis) == tokens
 
 
 def test_distance_is_computed_in_float32() -> None:

@@ -23,9 +23,9 @@ from torchvision.utils import make_grid
 
 from aemim_algorithm.algorithm import AEMIM
 from aemim_algorithm.evaluation.features import evaluating
-from aemim_algorithm.injection import first_dimension, take_samples
-from aemim_algorithm.models.masking import images_in, mask_images
+from aemim_algorithm.models.masking import images_in, mask_images, mask_patch_size
 from aemim_algorithm.randomness import RngState
+from aemim_algorithm.samples import first_dimension, take_samples
 from aemim_algorithm.validation import require_integer, require_per_channel
 
 __all__ = ["ReconstructionPictures", "draw_pictures"]
@@ -135,7 +135,8 @@ def _reconstruct(model: Any, batch: Any, aemim: AEMIM | None, seed: int) -> Pict
         outputs, result = model(batch), None
     else:
         outputs, result = aemim.attack(model, batch, step=0, seed=seed)
-    mask, patch_size = outputs["mask"], model.encoder.patch_size
+    mask = outputs["mask"]
+    patch_size = mask_patch_size(images, mask)  # not always the encoder's
     clean = (images, mask_images(images, mask, patch_size), model.reconstruct(outputs, images))
     if result is None:
         return Pictures(*clean)

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aemim_algorithm.adapters import apply_adapters
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.injection import find_encoder, resolve_encoder
 from aemim_algorithm.losses import total_loss
+from aemim_algorithm.search import find_encoder, resolve_encoder
 
 __all__ = ["Estimate", "attack_flops", "estimate", "matmul_rate", "saved_bytes", "step_flops"]
 

@@ -11,15 +11,16 @@ from composer.utils import dist
 
 from aemim_algorithm.adapters import apply_adapters
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.injection import find_encoder, resolve_encoder
+from aemim_algorithm.exchange.importing import require_start
 from aemim_algorithm.recipes.layers import first_line
 from aemim_algorithm.recipes.registry import Parts, build_parts
 from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
+from aemim_algorithm.search import find_encoder, resolve_encoder
 
 __all__ = ["device_of", "on_gpu", "precision_of", "prepare"]
 
 # What a run cannot change on its way without becoming another run.
-_IDENTITY = ("seed", "model", "algorithms", "optimizer", "schedule", "global_batch_size")
+_IDENTITY = ("seed", "model", "init_from", "algorithms", "optimizer", "schedule", "global_batch_size")
 _DATA_IDENTITY = ("source", "resize", "crop_scale", "mean", "std")
 
 
@@ -69,6 +70,8 @@ def _check_model(recipe: Recipe, parts: Parts) -> None:
         with torch.device("meta"), torch.no_grad():
             model = parts.model().to("meta")
             model((torch.empty(2, 3, size, size), torch.empty(2)))
+        if recipe.init_from is not None:
+            require_start(model, recipe.init_from)
         for algorithm in parts.algorithms:
             if isinstance(algorithm, AEMIM):
                 resolve_encoder(model, algorithm.encoder or find_encoder(model))

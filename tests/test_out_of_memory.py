@@ -1,0 +1,141 @@
+"""A failure anywhere in a step leaves the model as it was, and Composer's retry gives the right result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from composer import Trainer
+from composer.core import Algorithm, Event, State
+from conftest import loader, normalised_images, perturb, tiny_mae
+from torch import Tensor, nn
+
+from aemim_algorithm import AEMIM
+from aemim_algorithm.adapters import adapters_of
+from aemim_algorithm.models import MAE
+from aemim_algorithm.randomness import RngState
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+class Dropping(MAE):
+    """Draws its mask in forward, and drops out: only a replay of the generators can repeat it."""
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        return super().forward(batch)
+
+
+@contextmanager
+def failing(owner: Any, name: str, *, call: int) -> Iterator[list[int]]:
+    """``owner.name`` runs out of memory on its n-th call, once."""
+    original, calls = getattr(owner, name), [0]
+
+    def maybe(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise RuntimeError(OUT_OF_MEMORY)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, maybe)
+    try:
+        yield calls
+    finally:
+        delattr(owner, name)
+
+
+# With T=2 and micro-batches of 8: the clean pass, two attack steps, the adversarial pass. The module of
+# the encoder is called four times, the decoder twice, the loss twice.
+STAGES: dict[str, Callable[[MAE], tuple[Any, str, int]]] = {
+    "clean encoder": lambda model: (model.encoder.blocks, "forward", 1),
+    "first attack step": lambda model: (model.encoder.blocks, "forward", 2),
+    "second attack step": lambda model: (model.encoder.blocks, "forward", 3),
+    "adversarial encoder": lambda model: (model.encoder.blocks, "forward", 4),
+    "clean decoder": lambda model: (model.decoder, "forward", 1),
+    "adversarial decoder": lambda model: (model.decoder, "forward", 2),
+    "clean loss": lambda model: (model, "loss", 1),
+    "adversarial loss": lambda model: (model, "loss", 2),
+}
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if not name.startswith("clean")])
+def test_a_failed_attack_leaves_no_trace(stage: str) -> None:
+    aemim, model = AEMIM(), tiny_mae(kind=Dropping)
+    aemim.attach(model)
+    perturb(model)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = normalised_images(8)
+    with failing(*STAGES[stage](model)[:2], call=STAGES[stage](model)[2]):  # noqa: SIM117
+        with pytest.raises(RuntimeError, match="out of memory"):
+            aemim.training_loss(model, images, step=0)
+    assert not any(adapter.adversarial_mode for adapter in adapters_of(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    tap = aemim._branch.tap
+    assert tap._injected is tap._call is tap._entered is None
+    assert not tap._recording
+    # The generators stand where the clean forward left them.
+    state = RngState.capture()
+    torch.manual_seed(5)
+    model(images)
+    expected = RngState.capture()
+    torch.manual_seed(5)
+    with failing(*STAGES[stage](model)[:2], call=STAGES[stage](model)[2]), pytest.raises(RuntimeError):
+        aemim.training_loss(model, images, step=0)
+    assert RngState.capture() == expected != state
+
+
+class Halve(Algorithm):
+    """Two micro-batches from the second batch on, without any failure."""
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_END
+
+    def apply(self, event: Event, state: State, logger: Any) -> None:
+        state.device_train_microbatch_size = 4
+
+
+@contextmanager
+def training(dropout: float, *algorithms: Algorithm) -> Iterator[tuple[Trainer, MAE]]:
+    """Two batches of 8, in one piece each."""
+    model = tiny_mae(kind=Dropping)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    trainer = Trainer(
+        model=model, train_dataloader=loader(16), optimizers=torch.optim.SGD(model.parameters(), lr=0.05),
+        algorithms=[AEMIM(), *algorithms], max_duration="2ba", device="cpu", seed=7, progress_bar=False,
+        device_train_microbatch_size=8,
+    )  # fmt: skip
+    perturb(model)
+    try:
+        yield trainer, model
+    finally:
+        trainer.close()
+
+
+@pytest.mark.filterwarnings("ignore:CUDA out of memory")
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_retry_with_smaller_micro_batches_is_as_if_it_had_started_with_them(
+    stage: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise: masks, dropout, choice, noise, gradients. The second batch fails."""
+    monkeypatch.setattr("composer.trainer.trainer._is_cuda_oom", lambda error: OUT_OF_MEMORY in str(error))
+    with training(dropout) as (trainer, retried):
+        trainer.state.auto_microbatching = True  # Composer allows "auto" on GPUs only
+        owner, name, call = STAGES[stage](retried)
+        per_batch = 4 if owner is retried.encoder.blocks else 2
+        with failing(owner, name, call=per_batch + call) as calls:
+            trainer.fit()
+        assert calls[0] > per_batch + call
+    with training(dropout, Halve()) as (trainer, smaller):
+        trainer.fit()
+    with training(dropout) as (trainer, whole):
+        trainer.fit()
+    expected, other = smaller.state_dict(), whole.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in retried.state_dict().items())
+    assert any(not torch.equal(value, other[key]) for key, value in retried.state_dict().items())
