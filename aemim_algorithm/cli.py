@@ -1,4 +1,4 @@
-"""The command ``aemim``: pretrain, data, export.
+"""The command ``aemim``: pretrain, data, export, import.
 
 A user's error is one line on stderr. Exit code 2: the recipe or the command line is wrong; 1: the
 run failed.
@@ -89,14 +89,79 @@ def data(
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Composer checkpoint that you trust")],
-    out: Annotated[Path, typer.Argument(help="file to write")],
-    format: Annotated[Literal["timm"], typer.Option(help="whose parameter names")] = "timm",
+    out: Annotated[Path, typer.Argument(help="file to write; a folder for huggingface")],
+    format: Annotated[
+        Literal["timm", "huggingface", "mae", "tokenizer"],
+        typer.Option(help="who is to load it; tokenizer: a BEiT, from a DiscreteVAE"),
+    ] = "timm",
+    decoder: Annotated[
+        bool, typer.Option("--decoder", help="with a MAE's decoder: huggingface (ViTMAEForPreTraining), mae")
+    ] = False,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="another input size, 384 or 384x224 (height x width); default: as trained"),
+    ] = None,
+    window_size: Annotated[
+        int | None, typer.Option(min=1, help="another window of a Swin, in patches; default: as trained")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="recipe or name of the model; default: the recipe.yaml beside the checkpoint"),
+    ] = None,
 ) -> None:
-    """Write a checkpoint's clean encoder as a state dict for another library."""
+    """Write a checkpoint's clean encoder for another library."""
     from aemim_algorithm.export import export_encoder
 
-    exported = export_encoder(checkpoint, out, format=format)
+    size = _image_size(image_size)
+    like = None
+    # Other exports need no more than the checkpoint.
+    if format == "huggingface" or size or window_size or model:
+        from aemim_algorithm.exchange.architecture import architecture
+
+        like = architecture(model, checkpoint)
+    exported = export_encoder(
+        checkpoint,
+        out,
+        format=format,
+        decoder=decoder,
+        image_size=size,
+        window_size=window_size,
+        model=like,
+    )
     print(f"wrote {out}: {len(exported)} tensors")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="published MAE weights: a file, or a Hugging Face folder")
+    ],
+    out: Annotated[Path, typer.Argument(help="file to write, for init_from= of a recipe")],
+    model: Annotated[
+        str | None, typer.Option(help="recipe or name of the model that is to start from them, to check them")
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="read a pickle of more than tensors, which can run code")
+    ] = False,
+) -> None:
+    """Turn published MAE weights into a starting point for pre-training."""
+    from aemim_algorithm.exchange.architecture import architecture
+    from aemim_algorithm.exchange.importing import import_checkpoint
+
+    state = import_checkpoint(checkpoint, out, model=architecture(model), trust=trust)
+    print(f"wrote {out}: {len(state)} tensors")
+    if not any(name.startswith("decoder.") for name in state):
+        print("there is no decoder in it: a model that starts from it keeps its decoder's initialisation")
+
+
+def _image_size(text: str | None) -> tuple[int, int] | None:
+    """``384`` or ``384x224`` as (height, width) in pixels."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
+        raise typer.BadParameter(f"--image-size {text}: expected pixels, such as 384 or 384x224")
+    return int(sides[0]), int(sides[-1])
 
 
 def main() -> None:

@@ -1,25 +1,30 @@
-"""The trained encoder as a file that a plain timm model loads with ``strict=True``.
+"""The trained encoder as others take it: timm, Hugging Face, the original MAE's code, a BEiT.
 
-What pre-training needed and fine-tuning does not is dropped: the decoder and the adversarial
-adapters. What stays are the clean parameters under timm's own names (paper: ψ^e ∪ φ_c^e).
+What pre-training needed and fine-tuning does not is dropped: the adversarial adapters always, the
+decoder unless it is asked for, the mask token. What stays are the clean parameters (paper: ψ^e ∪ φ_c^e).
 """
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-__all__ = ["FORMATS", "encoder_state", "export_encoder"]
+from aemim_algorithm.exchange.files import few, model_state, require_file_name, write_file
+from aemim_algorithm.exchange.huggingface import export_huggingface
+from aemim_algorithm.exchange.layouts import mae_layout, write_layout
+from aemim_algorithm.exchange.trained import Trained, clean_part, resized
+from aemim_algorithm.exchange.wrapped import export_wrapped, wrapped_model
 
-_PREFIX = "encoder."
-# Keys that every timm ViT has; without them "encoder." is another kind of encoder.
-_TIMM_KEYS = ("patch_embed.proj.weight", "pos_embed", "norm.weight")
+__all__ = ["FORMATS", "encoder_state", "export_encoder", "native_format"]
+
+# Keys of every timm ViT or Swin; without them "encoder." is another kind of encoder.
+_PATCHES = ("patch_embed.proj.weight", "norm.weight")
+_VIT = ("blocks.0.attn.qkv.weight", "pos_embed")
+_SWIN = ("layers.0.blocks.0.attn.relative_position_bias_table",)
+_TOKENIZER = ("blocks.input.weight", "blocks.output.conv.weight")
+_MAE_DECODER = ("mask_token", "pos_embed", "embed.weight", "head.weight")
 
 StateDict = dict[str, Tensor]
 
@@ -29,34 +34,53 @@ def export_encoder(
     out: str | Path,
     *,
     format: str = "timm",
+    decoder: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+    window_size: int | None = None,
+    model: nn.Module | None = None,
 ) -> StateDict:
-    """Write the clean encoder of a pre-trained model as a plain state dict.
+    """Write the clean encoder of a pre-trained model for another library.
 
-    The file loads with ``torch.load(out, weights_only=True)``. It appears whole or not at all.
+    What is written appears whole or not at all. Formats: ``timm`` is a state dict that a
+    ``VisionTransformer`` or ``SwinTransformer`` (``num_classes=0, global_pool=""``) loads strictly;
+    ``mae`` the original MAE's names under ``model``; ``huggingface`` a folder for ``from_pretrained`` of
+    ``ViTModel`` or ``SwinModel`` (``add_pooling_layer=False``), or, with the decoder, of
+    ``ViTMAEForPreTraining``; a model that is Hugging Face's own, in Composer's ``HuggingFaceModel``,
+    becomes what it was: its base model, or all of it; ``tokenizer`` is the encoder of a ``DiscreteVAE``,
+    from which a ``BEiT`` takes its targets. Files load with ``torch.load(out, weights_only=True)``.
 
     Args:
         source: A Composer checkpoint, the state dict of a model, or the model. **A checkpoint is
             a pickle: reading it can run code, so open only one that you trust.** Composer stores
             more than tensors in it, so ``weights_only=True`` cannot read it.
-        out: The file to write; its folder is made if missing.
-        format: Names of the parameters, a key of ``FORMATS``.
+        out: The file or folder to write; the folder around it is made if missing.
+        format: A key of ``FORMATS``.
+        decoder: Whether the decoder is written as well; ``timm`` has none.
+        image_size: Side of the square input, or (height, width), in pixels: position embeddings and
+            tables of relative positions are interpolated to it as timm does. ``None`` for as trained.
+        window_size: Side of a Swin's windows, in patches. ``None`` for as trained.
+        model: A model of the architecture of ``source``, which ``huggingface`` and the two sizes need and
+            a checkpoint does not tell; its values do not count. ``source`` itself if that is a model.
 
     Returns:
         What was written, on the CPU.
 
     Raises:
-        ValueError: If the format is unknown, or the source is no checkpoint or holds no such
-            encoder. Nothing is written then.
-        OSError: If the file cannot be written; an older file of that name is left as it was.
+        ValueError: If the format is unknown, the source is no checkpoint or holds no such encoder, or
+            the format cannot express it. Nothing is written then.
+        OSError: If it cannot be written; an older export of that name is left as it was.
     """
     if format not in FORMATS:
         raise ValueError(f"got format={format!r}; expected one of {', '.join(sorted(FORMATS))}")
-    out = Path(out)
-    if out.is_dir():
-        raise ValueError(f"got a folder as output, {out}; expected the name of a file to write")
-    exported = FORMATS[format](encoder_state(_model_state(source)))
-    _write_atomically(exported, out)
-    return exported
+    if model is None and isinstance(source, nn.Module):
+        model = source
+    state = model_state(source)
+    inner = wrapped_model(model)
+    if inner is not None and format == "huggingface" and image_size is window_size is None:
+        return export_wrapped(state, inner, Path(out), whole=decoder)
+    trained = Trained(encoder_state(state), _mae_decoder(state) if decoder else None, model)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return FORMATS[format](resized(trained, image_size=size, window_size=window_size), Path(out))
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> StateDict:
@@ -71,87 +95,71 @@ def encoder_state(state: Mapping[str, Tensor]) -> StateDict:
     Raises:
         ValueError: If there is no encoder, or its tensors are shards of a distributed model.
     """
-    found = {
-        key.removeprefix(_PREFIX): value
-        for key, value in state.items()
-        if key.startswith(_PREFIX) and "adversarial" not in key
-    }
-    if not found:
-        raise ValueError(
-            f"found no encoder among {len(state)} parameters ({_few(state)}); "
-            f"expected names that start with {_PREFIX!r}, as in the models of this package"
-        )
-    # A shard is a DTensor; asking for the whole would need every rank, which a file write is not.
-    sharded = [key for key, value in found.items() if hasattr(value, "full_tensor")]
-    if sharded:
-        raise ValueError(
-            f"got a sharded encoder ({_few(sharded)}); expected whole tensors: save a checkpoint "
-            "with state_dict_type='full' and export that"
-        )
-    return {key: value.detach().cpu().clone() for key, value in found.items()}
+    return clean_part(state, "encoder")
 
 
-def _timm(state: StateDict) -> StateDict:
-    missing = [key for key in _TIMM_KEYS if key not in state]
+def native_format(state: Mapping[str, Tensor]) -> str:
+    """The format in which a model of this package is of use without its decoder: a key of ``FORMATS``."""
+    return "tokenizer" if all(f"encoder.{key}" in state for key in _TOKENIZER) else "timm"
+
+
+def _export_timm(trained: Trained, out: Path) -> StateDict:
+    require_file_name(out)
+    if trained.decoder is not None:
+        raise ValueError(
+            "got decoder=True for format 'timm'; expected 'mae' or 'huggingface', timm has no decoder"
+        )
+    _require_known_encoder(trained.encoder)
+    state = {key: value for key, value in trained.encoder.items() if key != "mask_token"}
+    write_file(state, out)
+    return state
+
+
+def _export_mae(trained: Trained, out: Path) -> StateDict:
+    require_file_name(out)
+    _require_known_encoder(trained.encoder, swin=False)
+    state = write_layout(trained.renameable(), mae_layout)
+    write_file({"model": state}, out)
+    return state
+
+
+def _export_tokenizer(trained: Trained, out: Path) -> StateDict:
+    require_file_name(out)
+    missing = [key for key in _TOKENIZER if key not in trained.encoder]
     if missing:
         raise ValueError(
-            f"the encoder lacks {', '.join(missing)} (it has {_few(state)}); "
-            "expected the parameters of a timm VisionTransformer"
+            f"the encoder lacks {', '.join(missing)} (it has {few(trained.encoder)}); "
+            "expected that of a DiscreteVAE"
         )
-    return state
+    write_file(trained.encoder, out)
+    return trained.encoder
 
 
-FORMATS: dict[str, Callable[[StateDict], StateDict]] = {"timm": _timm}
-"""Export formats by name; each maps the encoder's state to the names of another library."""
-
-
-def _model_state(source: str | Path | Mapping[str, Tensor] | nn.Module) -> Mapping[str, Tensor]:
-    if isinstance(source, nn.Module):
-        return source.state_dict()
-    if isinstance(source, Mapping):
-        return source
-    path = Path(source)
-    if not path.is_file():
-        kind = "a folder (a sharded checkpoint?)" if path.is_dir() else "no such file"
-        raise ValueError(f"cannot export {path}: {kind}; expected one Composer checkpoint file")
-    checkpoint = _load(path)
-    try:
-        state = checkpoint["state"]["model"]
-    except (KeyError, TypeError, IndexError):
-        state = None
-    if not isinstance(state, Mapping):
+def _mae_decoder(state: Mapping[str, Tensor]) -> StateDict:
+    decoder = clean_part(state, "decoder")
+    missing = [key for key in _MAE_DECODER if key not in decoder]
+    if missing:
         raise ValueError(
-            f"cannot export {path}: it holds no model under ['state']['model']; "
-            "expected a Composer checkpoint, such as ep1-ba90-rank0.pt"
+            f"the decoder lacks {', '.join(missing)} (it has {few(decoder)}); "
+            "expected that of a MAE: leave out --decoder (decoder=False) for the encoder alone"
         )
-    return state
+    return decoder
 
 
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # a file that is none can make the unpickler raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+def _require_known_encoder(state: StateDict, *, swin: bool = True) -> None:
+    kind = _SWIN if swin and _SWIN[0] in state else _VIT
+    missing = [key for key in _PATCHES + kind if key not in state]
+    if missing:
         raise ValueError(
-            f"cannot export {path}: it does not read as a checkpoint ({reason}); "
-            "expected one Composer checkpoint file"
-        ) from error
+            f"the encoder lacks {', '.join(missing)} (it has {few(state)}); "
+            f"expected the parameters of a timm VisionTransformer{' or SwinTransformer' if swin else ''}"
+        )
 
 
-def _write_atomically(state: StateDict, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because a rename is atomic only within one file system.
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        # In memory first: on a full disk torch's own writer raises a RuntimeError that says nothing.
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        partial.write_bytes(buffer.getbuffer())
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _few(names: Mapping[str, Any] | list[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "") if names else "none"
+FORMATS: dict[str, Callable[[Trained, Path], StateDict]] = {
+    "timm": _export_timm,
+    "huggingface": export_huggingface,
+    "mae": _export_mae,
+    "tokenizer": _export_tokenizer,
+}
+"""Export formats by name; each writes a trained model for another library, and returns what it wrote."""

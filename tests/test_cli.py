@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_a_source_that_has_changed_is_not_trained_on_as_it_was(
         ("model.image_size=null", "model.image_size=None: expected"),
         ("algorithms.aemmi=null", "did you mean 'aemim'?"),
         ("algorithms.aemim.epsilom=3", "did you mean 'epsilon'?"),
-        ("algorithms.aemim.epsilon=-1", "epsilon=-1.0"),
+        ("algorithms.aemim.epsilon=-1", "epsilon=-1"),
         ("algorithms.aemim.steps=1.5", "steps: Value '1.5'"),
         ("algorithms.aemim.mean=[0, 0, 0]", "algorithms.aemim.mean: set data.mean"),
         ("algorithms.gradient_clipping=null", "gradient_clipping.clipping_type has no value"),
@@ -216,6 +217,70 @@ def test_from_images_to_an_encoder_file(aemim: Command, recipe: Path, images: Pa
     one, other = (torch.load(name, weights_only=True) for name in ("runs/tiny/encoder.pt", "other.pt"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture
+def checkpoint(recipe: Path, images: Path, aemim: Command) -> Path:
+    """Of a run of two batches, with its recipe beside it."""
+    code, _, err = aemim("pretrain", recipe, f"data.source={images}", "data.workers=0")
+    assert code == 0, err
+    return Path("runs/tiny/latest-rank0.pt")
+
+
+def test_export_at_another_size_and_into_other_names(aemim: Command, checkpoint: Path) -> None:
+    # The recipe beside the checkpoint tells the architecture, though its data is gone.
+    (checkpoint.parent / "recipe.yaml").write_text(
+        (checkpoint.parent / "recipe.yaml").read_text().replace("images", "gone")
+    )
+    assert aemim("export", checkpoint, "e.pt", "--image-size", "24x16")[:2] == (0, "wrote e.pt: 18 tensors\n")
+    assert torch.load("e.pt", weights_only=True)["pos_embed"].shape == (1, 1 + 6 * 4, 32)
+    assert aemim("export", checkpoint, "mae.pth", "--format", "mae", "--decoder")[0] == 0
+    assert "decoder_pred.weight" in torch.load("mae.pth", weights_only=True)["model"]
+    pytest.importorskip("transformers")
+    assert aemim("export", checkpoint, "hf", "--format", "huggingface", "--decoder")[0] == 0
+    assert {path.name for path in Path("hf").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_export_without_a_recipe_asks_for_the_model(aemim: Command, checkpoint: Path, recipe: Path) -> None:
+    lone = Path(shutil.copy(checkpoint, "lone.pt"))
+    size = ("--image-size", "32")
+    code, _, err = aemim("export", lone, "e.pt", *size)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "--model with a recipe or a model's name" in err
+    assert aemim("export", lone, "e.pt", *size, "--model", recipe)[0] == 0
+    code, _, err = aemim("export", lone, "f.pt", *size, "--model", "mae_vit_tiny_patch4")
+    assert code == 1
+    assert "does not fit MaskedViT: cls_token: got (1, 1, 32), expected (1, 1, 192)" in err
+    for model, said in (
+        ("mae_vit_tiny", "did you mean 'mae_vit_tiny_patch4'?"),
+        ("no.yaml", "no such recipe"),
+    ):
+        code, _, err = aemim("export", lone, "f.pt", *size, "--model", model)
+        assert code == 2
+        assert said in err
+    assert not Path("f.pt").exists()
+
+
+@pytest.mark.parametrize("size", ["0", "x", "16x", "16x16x3", "-4", "½"])
+def test_a_size_that_is_none_is_code_2(aemim: Command, tmp_path: Path, size: str) -> None:
+    code, _, err = aemim("export", tmp_path / "c.pt", "e.pt", f"--image-size={size}")
+    assert code == 2
+    assert "expected pixels, such as 384 or 384x224" in " ".join(err.replace("│", " ").split())
+
+
+def test_what_was_exported_can_be_imported(aemim: Command, checkpoint: Path) -> None:
+    for decoder in (True, False):
+        flags = ["--decoder"] if decoder else []
+        assert aemim("export", checkpoint, "mae.pth", "--format", "mae", *flags)[0] == 0
+        code, out, err = aemim("import", "mae.pth", "start.pt", "--model", checkpoint.parent / "recipe.yaml")
+        assert code == 0, err
+        assert ("keeps its decoder's initialisation" in out) != decoder
+    code, _, err = aemim("import", "mae.pth", "other.pt", "--model", "mae_vit_tiny_patch4")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "cls_token: got (1, 1, 32), expected (1, 1, 192)" in err
+    assert not Path("other.pt").exists()
 
 
 def test_a_run_that_fails_is_one_line_and_code_1(aemim: Command, recipe: Path, images: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 import timm
 import torch
 from composer import Trainer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from aemim_algorithm.adapters import adversarial_mode, apply_adapters
-from aemim_algorithm.export import export_encoder
+from aemim_algorithm.export import encoder_state, export_encoder, native_format
 from aemim_algorithm.models import MAE, MODELS
 
 
@@ -23,7 +25,7 @@ def build(name: str, **overrides: Any) -> MAE:
     return model
 
 
-def trained_looking(model: MAE, adapter: str = "norm") -> MAE:
+def trained_looking(model: Any, adapter: str = "norm") -> Any:
     """Adapters on, and no parameter at a value that a fresh timm model also has."""
     apply_adapters(model, adapter)
     generator = torch.Generator().manual_seed(1)
@@ -78,6 +80,46 @@ def checkpoint_of(model: MAE, folder: Path) -> Path:
     return Path(written)
 
 
+def small_simmim(kind: str, **overrides: Any) -> Any:
+    """SimMIM on 32×32 images: a ViT in 8×8 patches, or a Swin of two stages with windows of 4 patches."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any]
+    if kind == "vit":
+        sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        return MODELS["simmim_vit_tiny_patch4"](**(sizes | overrides))
+    sizes = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "patch_size": 4}
+    return MODELS["simmim_swin_tiny_patch2_window4"](**(sizes | overrides))
+
+
+def plain(kind: str, **overrides: Any) -> Any:
+    """timm's own model of the sizes of :func:`small_simmim`."""
+    common = {"img_size": 32, "num_classes": 0, "global_pool": ""}
+    sizes: dict[str, Any]
+    if kind == "vit":
+        sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        return VisionTransformer(**(common | sizes | overrides)).eval()
+    sizes = {"embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "patch_size": 4, "window_size": 4}
+    return SwinTransformer(**(common | sizes | overrides)).eval()
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("image_size", [32, (32, 64)])
+def test_timm_loads_an_encoder_with_mask_tokens_strictly(kind: str, image_size: Any, tmp_path: Path) -> None:
+    model = trained_looking(small_simmim(kind, image_size=image_size)).eval()
+    export_encoder(model, tmp_path / "encoder.pt")
+    timms = plain(kind, img_size=image_size)
+    timms.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True), strict=True)
+    height, width = timms.patch_embed.img_size
+    images = torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        expected, found = model.encoder(images), timms.forward_features(images)
+        with adversarial_mode(model):
+            assert (model.encoder(images) - expected).abs().max() > 0.02
+    torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5)
+    # The mask token stays in what pre-training goes on with.
+    assert "mask_token" in encoder_state(model.state_dict())
+
+
 @pytest.mark.parametrize("adapter", ["norm", "cls_token", "none"])
 def test_what_is_written_is_the_clean_encoder_and_nothing_else(adapter: str, tmp_path: Path) -> None:
     stock = small_mae().encoder.state_dict()
@@ -91,6 +133,22 @@ def test_what_is_written_is_the_clean_encoder_and_nothing_else(adapter: str, tmp
             assert torch.equal(saved[key], value)
             assert not torch.equal(saved[key], stock[key])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["encoder.pt"]
+
+
+def test_the_encoder_of_a_discrete_vae_is_a_tokenizer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = MODELS["dvae_tiny_patch4"](image_size=16, hidden_size=16, vocab_size=12)
+    assert native_format(model.state_dict()) == "tokenizer"
+    assert native_format(small_mae().state_dict()) == "timm"
+    export_encoder(model, tmp_path / "tokenizer.pt", format="tokenizer")
+    found = type(model.encoder).from_file(tmp_path / "tokenizer.pt")
+    pixels = torch.rand(2, 3, 16, 16)
+    assert found.codes(pixels).unique().numel() > 1
+    assert torch.equal(found.codes(pixels), model.encoder.codes(pixels))
+    with pytest.raises(ValueError, match="lacks blocks.input.weight, .* expected that of a DiscreteVAE"):
+        export_encoder(small_mae(), tmp_path / "no.pt", format="tokenizer")
+    with pytest.raises(ValueError, match="lacks patch_embed.proj.weight"):
+        export_encoder(model, tmp_path / "no.pt")
 
 
 def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
@@ -153,10 +211,15 @@ def test_paths_and_formats_that_do_not_exist(tmp_path: Path) -> None:
         export_encoder(tmp_path / "missing.pt", out)
     with pytest.raises(ValueError, match="a folder"):
         export_encoder(tmp_path, out)
-    with pytest.raises(ValueError, match="got format='onnx'; expected one of timm"):
+    with pytest.raises(
+        ValueError, match="got format='onnx'; expected one of huggingface, mae, timm, tokenizer"
+    ):
         export_encoder(small_mae(), out, format="onnx")
-    with pytest.raises(ValueError, match="got a folder as output"):
-        export_encoder(small_mae(), tmp_path)
+    for format in ("timm", "mae"):
+        with pytest.raises(ValueError, match="got a folder as output"):
+            export_encoder(small_mae(), tmp_path, format=format)
+    with pytest.raises(ValueError, match="timm has no decoder"):
+        export_encoder(small_mae(), out, decoder=True)
     assert not list(tmp_path.iterdir())
 
 

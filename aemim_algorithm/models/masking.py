@@ -6,16 +6,26 @@ hides the same number of patches, so that the visible ones fill a dense tensor.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 __all__ = [
+    "block_mask",
+    "hidden_indices",
     "images_in",
     "mask_images",
+    "mask_patch_size",
     "normalize_patches",
     "patchify",
+    "pixels_of",
     "random_mask",
+    "require_image_size",
+    "require_mask_shape",
     "unpatchify",
+    "upsample_mask",
     "visible_indices",
 ]
 
@@ -72,10 +82,67 @@ def random_mask(
     Returns:
         Mask of shape (batch, patches), bool, true where hidden.
     """
-    noise = torch.rand(batch_size, num_patches, device=device, generator=generator)
+    # Not torch.rand: given a generator, even None, it does not compile for a second batch size.
+    noise = torch.empty(batch_size, num_patches, device=device).uniform_(generator=generator)
     visible = noise.argsort(dim=1)[:, : num_visible(num_patches, mask_ratio)]
     mask = torch.ones(batch_size, num_patches, dtype=torch.bool, device=device)
     return mask.scatter_(1, visible, False)
+
+
+def block_mask(
+    batch_size: int,
+    grid: tuple[int, int],
+    num_hidden: int,
+    *,
+    min_patches: int = 16,
+    max_aspect: float = 1 / 0.3,
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Hide exactly ``num_hidden`` patches of each image in rectangles (BEiT, arXiv 2106.08254, Algorithm 1).
+
+    Rectangles of random area, aspect ratio and place are hidden until enough is. The paper's last one may
+    hide too much; here it loses rows at one side, so that every image hides the same number. Every random
+    number is drawn from torch's generator, and as many for any outcome, so that nothing waits for a device.
+
+    Args:
+        batch_size: Number of images.
+        grid: Rows and columns of patches.
+        num_hidden: Patches to hide in each image, in [0, rows * columns].
+        min_patches: Smallest area of a rectangle, in patches; the largest is what is left to hide.
+        max_aspect: Largest ratio of height to width and of width to height, at least 1; its logarithm is
+            drawn evenly. A rectangle longer than the image is cut to its size.
+        device: Where the mask is made.
+        generator: Source of randomness; the global one if ``None``.
+
+    Returns:
+        Mask of shape (batch, patches), bool, true where hidden.
+    """
+    rows, columns = grid
+    # So many that very few images lack a patch at the end: at 40% hidden fewer than one in 10,000.
+    blocks = math.ceil(8 * min(8.0, rows * columns / max(1, rows * columns - num_hidden)))
+    draws = torch.rand(blocks + 1, 4, batch_size, 1, 1, device=device, generator=generator)
+    hidden = torch.zeros(batch_size, rows, columns, dtype=torch.bool, device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(columns, device=device)
+    for area, aspect, top, left in draws[:-1]:
+        missing = num_hidden - hidden.sum((1, 2), keepdim=True)
+        size = min_patches + area * (missing - min_patches).clamp(min=0)
+        ratio = (math.log(max_aspect) * (2 * aspect - 1)).exp()
+        height = (size * ratio).sqrt().round().clamp(1, rows)
+        width = (size / ratio).sqrt().round().clamp(1, columns)
+        top, left = (top * (rows - height + 1)).floor(), (left * (columns - width + 1)).floor()
+        block = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        hidden |= _first(block & ~hidden, missing)
+    hidden |= _first(~hidden, num_hidden - hidden.sum((1, 2), keepdim=True))
+    # What was cut off lay at the bottom, so half of the masks are turned upside down.
+    return torch.where(draws[-1, 0] < 0.5, hidden, hidden.flip(1)).flatten(1)
+
+
+def _first(wanted: Tensor, count: Tensor) -> Tensor:
+    """The first ``count`` true entries of each grid, in raster order; shape (batch, rows, columns)."""
+    order = wanted.flatten(1).cumsum(1).view_as(wanted)
+    return wanted & (order <= count)
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
@@ -94,6 +161,71 @@ def visible_indices(mask: Tensor, count: int) -> Tensor:
         Shape (batch, count), int64.
     """
     return mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
+def hidden_indices(mask: Tensor, count: int) -> Tensor:
+    """Indices of the hidden patches in raster order.
+
+    Args:
+        mask: Shape (batch, patches), bool, true where hidden.
+        count: Hidden patches in each row.
+
+    Returns:
+        Shape (batch, count), int64.
+
+    Raises:
+        RuntimeError: If a row hides another number.
+    """
+    # Checked on the device: a GPU is not waited for.
+    torch._assert_async((mask.sum(dim=1) == count).all(), f"every row of the mask must hide {count} patches")
+    return visible_indices(~mask, count)
+
+
+def upsample_mask(mask: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
+    """Give a mask of coarse patches to the finer patches that each of them covers.
+
+    Args:
+        mask: Shape (batch, rows * columns), bool or any other type.
+        grid: Rows and columns of the coarse patches.
+        factor: Fine patches along a side of a coarse one.
+
+    Returns:
+        Shape (batch, rows * columns * factor**2), in raster order of the fine patches.
+    """
+    rows, columns = grid
+    blocks = mask.reshape(-1, rows, 1, columns, 1).expand(-1, -1, factor, -1, factor)
+    return blocks.reshape(mask.shape[0], -1)
+
+
+def require_image_size(images: Tensor, expected: Sequence[int]) -> None:
+    """Raise a ValueError unless the images have this (height, width)."""
+    if tuple(images.shape[-2:]) != tuple(expected):
+        raise ValueError(
+            f"images are {tuple(images.shape[-2:])} pixels, the encoder was built for {tuple(expected)}: "
+            "resize them or build the model with image_size= that size"
+        )
+
+
+def require_mask_shape(mask: Tensor, expected: Sequence[int]) -> None:
+    """Raise a ValueError unless the mask has this (batch, patches)."""
+    if tuple(mask.shape) != tuple(expected):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(expected)} (batch, patches)")
+
+
+def pixels_of(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Undo a normalisation, channel by channel.
+
+    Args:
+        images: Normalised, shape (batch, channels, height, width).
+        mean: Of the normalisation, one value for each channel.
+        std: Likewise.
+
+    Returns:
+        Pixels in [0, 1], float32, shaped as the images.
+    """
+    images = images.float()
+    center, scale = (images.new_tensor(tuple(value))[:, None, None] for value in (mean, std))
+    return (images * scale + center).clamp(0, 1)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -132,6 +264,11 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
+
+
+def mask_patch_size(images: Tensor, mask: Tensor) -> int:
+    """Side of the square patches that a mask of shape (batch, patches) cuts the images into, in pixels."""
+    return math.isqrt(images.shape[-2] * images.shape[-1] // mask.shape[1])
 
 
 def mask_images(images: Tensor, mask: Tensor, patch_size: int, fill: Tensor | float = 0.0) -> Tensor:

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aemim_algorithm.models.masking import patchify
+from aemim_algorithm.models.masking import patchify, require_image_size
 
 __all__ = ["MaskedViT", "init_like_mae", "sincos_position"]
 
@@ -76,12 +76,7 @@ class MaskedViT(VisionTransformer):
         Raises:
             ValueError: If the images do not have the size that the model was built for.
         """
-        expected = tuple(self.patch_embed.img_size)
-        if tuple(images.shape[-2:]) != expected:
-            raise ValueError(
-                f"images are {tuple(images.shape[-2:])} pixels, the encoder was built for {expected}: "
-                "resize them or build the model with image_size= that size"
-            )
+        require_image_size(images, self.patch_embed.img_size)
         patches = patchify(images, self.patch_size)
         positions = self.pos_embed[:, 1:]
         if visible is not None:

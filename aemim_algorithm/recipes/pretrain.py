@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import DataSpec
+from composer.core import DataSpec, Time
 from composer.models import ComposerModel
 from composer.optim import (
     ComposerScheduler,
     CosineAnnealingScheduler,
     CosineAnnealingWithWarmupScheduler,
+    MultiStepScheduler,
+    MultiStepWithWarmupScheduler,
 )
 from composer.utils import dist, get_device, reproducibility
 from torch import Tensor, nn
@@ -24,7 +26,8 @@ from aemim_algorithm.callbacks import FiniteLoss
 from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
 from aemim_algorithm.data.streaming import train_data
 from aemim_algorithm.evaluation import evaluate_encoders
-from aemim_algorithm.export import export_encoder
+from aemim_algorithm.exchange.importing import load_start
+from aemim_algorithm.export import export_encoder, native_format
 from aemim_algorithm.recipes.datasets import is_remote, test_shards, train_shards
 from aemim_algorithm.recipes.preflight import device_of, precision_of, prepare
 from aemim_algorithm.recipes.registry import Parts
@@ -85,7 +88,7 @@ def pretrain(recipe: Recipe) -> Outputs:
         state = _full_state(trainer.state.model)
         scores: Scores = {}
         if dist.get_global_rank() == 0:
-            exported = export_encoder(state, encoder)
+            exported = export_encoder(state, encoder, format=native_format(state))
             if recipe.evaluate and test_folder is not None:
                 scores = _compare(recipe, parts, exported, (train_folder, test_folder))
     finally:
@@ -111,6 +114,8 @@ def build_trainer(recipe: Recipe, parts: Parts, train_folder: Path) -> Trainer:
         A Trainer whose ``fit`` starts the run, or continues it from its last checkpoint.
     """
     model = _seeded_model(recipe, parts)
+    if recipe.init_from is not None:
+        load_start(model, recipe.init_from)  # before AEMIM adds its copies, so that they start equal
     interactive = sys.stderr.isatty()
     randomness = RestoredRandomness()
     trainer = Trainer(
@@ -146,11 +151,25 @@ def learning_rate(recipe: Recipe) -> float:
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, as MAE pre-trains: vectors (biases, norms) without weight decay, the rest with."""
-    trained = [value for value in model.parameters() if value.requires_grad]
+    """Two groups: with weight decay, and without.
+
+    Args:
+        model: Vectors (biases, norms) are not decayed, as MAE pre-trains, nor is what the model's
+            ``no_weight_decay()`` names, if it has one.
+        weight_decay: Of all other parameters.
+
+    Returns:
+        The groups, as an optimizer takes them.
+    """
+    spared: set[str] = getattr(model, "no_weight_decay", set)()
+    decays = [
+        (value, value.ndim > 1 and name not in spared)
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    ]
     return [
-        {"params": [value for value in trained if value.ndim > 1], "weight_decay": weight_decay},
-        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+        {"params": [value for value, decayed in decays if decayed], "weight_decay": weight_decay},
+        {"params": [value for value, decayed in decays if not decayed], "weight_decay": 0.0},
     ]
 
 
@@ -183,9 +202,15 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> AdamW:
 
 
 def _scheduler(recipe: Recipe) -> ComposerScheduler:
-    warmup = recipe.schedule.warmup
-    final = recipe.schedule.min_learning_rate / learning_rate(recipe)
-    if warmup.startswith("0") and not warmup.endswith("dur"):
+    schedule, warmup = recipe.schedule, recipe.schedule.warmup
+    at_once = warmup.startswith("0") and not warmup.endswith("dur")
+    if schedule.milestones:
+        times: list[str | Time[int]] = [*schedule.milestones]
+        if at_once:
+            return MultiStepScheduler(milestones=times, gamma=schedule.step_factor)
+        return MultiStepWithWarmupScheduler(warmup, milestones=times, gamma=schedule.step_factor)
+    final = schedule.min_learning_rate / learning_rate(recipe)
+    if at_once:
         return CosineAnnealingScheduler(alpha_f=final)
     return CosineAnnealingWithWarmupScheduler(t_warmup=warmup, alpha_f=final)
 
@@ -218,7 +243,8 @@ def _compare(
     """Scores of the trained encoder and of the very initialisation that it started from."""
     device = device_of(recipe)
     encoders: dict[str, Any] = {name: _seeded_model(recipe, parts).encoder for name in ("trained", "random")}
-    encoders["trained"].load_state_dict(exported)
+    # What the export has dropped, a mask token, no probe needs; any name that is too many is an error.
+    encoders["trained"].load_state_dict(encoders["trained"].state_dict() | exported)
     return evaluate_encoders(
         {name: encoder.to(device) for name, encoder in encoders.items()},
         *folders,

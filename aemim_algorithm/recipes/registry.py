@@ -88,6 +88,8 @@ def model_builder(recipe: Recipe) -> Callable[[], ComposerModel]:
         size = options.get("image_size")
         raise RecipeError(f"model.image_size={size}: expected the side of the images, in pixels")
     builder = MODELS[name]
+    for key in {"mean", "std"} & set(inspect.signature(builder).parameters):
+        options.setdefault(key, getattr(recipe.data, key))  # of a model that needs the pixels themselves
     checked = check_options(builder, options, key="model")
     return lambda: builder(**checked)
 

@@ -64,10 +64,16 @@ class OptimizerRecipe:
 
 @dataclass
 class ScheduleRecipe:
-    """Linear warm-up for ``warmup`` (such as ``15ep``), then a cosine to ``min_learning_rate``."""
+    """Linear warm-up for ``warmup`` (such as ``15ep``), then a cosine to ``min_learning_rate``.
+
+    With ``milestones`` (such as ``[700ep]``) steps in place of the cosine: at each of them the rate is
+    multiplied by ``step_factor``.
+    """
 
     warmup: str = MISSING
     min_learning_rate: float = MISSING
+    milestones: list[str] = field(default_factory=list)
+    step_factor: float = 0.1
 
 
 @dataclass
@@ -78,14 +84,16 @@ class Recipe:
     ``loggers``: names (``aemim``, ``reconstruction_pictures`` or any class of Composer's) with
     their keyword arguments or nothing. ``parallelism``: ``fsdp2`` or ``fsdp`` with its options;
     ``None`` is DDP. ``device_train_microbatch_size``: images per forward pass and device, all that
-    the device gets if ``None``. Durations are Composer's: ``8ep``, ``100ba``. ``run_name`` is the
-    file's name unless it is given; ``device`` and ``precision`` are the GPU and bfloat16 where
-    there is one, else the CPU and float32.
+    the device gets if ``None``. ``init_from`` is a file of ``aemim import`` that the model starts
+    from; a decoder that is not in it keeps its initialisation. Durations are Composer's: ``8ep``,
+    ``100ba``. ``run_name`` is the file's name unless it is given; ``device`` and ``precision`` are the
+    GPU and bfloat16 where there is one, else the CPU and float32.
     """
 
     run_name: str = MISSING
     seed: int = 17
     model: dict[str, Any] = MISSING
+    init_from: str | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
     algorithms: Parts = field(default_factory=dict)
     callbacks: Parts = field(default_factory=dict)
@@ -169,6 +177,7 @@ def _check_values(recipe: Recipe) -> None:
     _require(all(0 <= beta < 1 for beta in optimizer.betas), recipe, "optimizer.betas", "in [0, 1)")
     _require(schedule.min_learning_rate >= 0, recipe, "schedule.min_learning_rate", "at least 0")
     _check_durations(recipe)
+    _check_steps(recipe)
     _check_sources(recipe)
 
 
@@ -196,6 +205,22 @@ def _check_durations(recipe: Recipe) -> None:
     _require(fits, recipe, "schedule.warmup", f"less than max_duration={total}")
     mixed = "sp" in (warmup[-2:], total[-2:]) and not comparable and not warmup.endswith("dur")
     _require(not mixed, recipe, "schedule.warmup", f"the unit of max_duration={total}")
+
+
+def _check_steps(recipe: Recipe) -> None:
+    """The milestones of a rate that falls in steps."""
+    schedule, total = recipe.schedule, recipe.max_duration
+    times = [re.fullmatch(r"([1-9]\d*)(ep|ba|sp)", milestone) for milestone in schedule.milestones]
+    key, unit = "schedule.milestones", total[-2:]
+    _require(None not in times, recipe, key, "durations such as 700ep")
+    inside = [int(time[1]) for time in times if time and time[2] == unit]
+    rising = inside == sorted(set(inside)) and all(value < int(total[:-2]) for value in inside)
+    _require(
+        len(inside) == len(times) and rising, recipe, key, f"rising, in {unit}, below max_duration={total}"
+    )
+    _require(0 < schedule.step_factor < 1, recipe, "schedule.step_factor", "in (0, 1)")
+    floorless = not times or schedule.min_learning_rate == 0
+    _require(floorless, recipe, "schedule.min_learning_rate", "0 with milestones, which have no floor")
 
 
 def _check_sources(recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from torchvision.io import write_png
 from aemim_algorithm.callbacks import FiniteLoss
 from aemim_algorithm.data import convert
 from aemim_algorithm.recipes.datasets import train_shards
+from aemim_algorithm.recipes.dry_run import dry_run
 from aemim_algorithm.recipes.preflight import prepare
 from aemim_algorithm.recipes.pretrain import (
     Outputs,
@@ -218,18 +219,86 @@ def test_weight_decay_spares_vectors_only(images: Path, tmp_path: Path) -> None:
     assert sorted(grouped) == sorted(trained)
 
 
-def test_the_rate_warms_up_and_falls_as_a_cosine(images: Path, tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path, images, "callbacks.lr_monitor=null", "algorithms={aemim: null}")
+def simmim_in(folder: Path, images: Path, name: str, *overrides: str) -> Recipe:
+    """The same recipe with a small SimMIM in the place of the MAE."""
+    recipe = recipe_in(folder, images, *overrides)
+    return replace(recipe, model={"name": name, "image_size": 16, "mask_patch_size": 8} | SIMMIM[name])
+
+
+SIMMIM: dict[str, dict[str, Any]] = {
+    "simmim_vit_tiny_patch4": {"embed_dim": 16, "depth": 1, "num_heads": 2},
+    "simmim_swin_tiny_patch2_window4": {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2]},
+}
+
+
+@pytest.mark.parametrize(("name", "spared"), [
+    ("simmim_vit_tiny_patch4", {"bias", "weight", "cls_token", "pos_embed", "mask_token"}),
+    ("simmim_swin_tiny_patch2_window4", {"bias", "weight", "mask_token", "relative_position_bias_table"}),
+])  # fmt: skip
+def test_a_model_says_what_else_weight_decay_spares(
+    images: Path, tmp_path: Path, name: str, spared: set[str]
+) -> None:
+    model = build_parts(simmim_in(tmp_path, images, name)).model()
+    decayed, rest = parameter_groups(model, weight_decay=0.05)
+    names = {id(value): name.rpartition(".")[2] for name, value in model.named_parameters()}
+    assert {names[id(value)] for value in decayed["params"]} == {"weight"}
+    assert {names[id(value)] for value in rest["params"]} == spared
+    assert all(value.ndim == 1 for value in rest["params"] if names[id(value)] == "weight")
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+
+
+@pytest.mark.parametrize("name", SIMMIM)
+def test_simmim_runs_from_shards_to_scores(name: str, images: Path, tmp_path: Path) -> None:
+    recipe = simmim_in(
+        tmp_path,
+        images,
+        name,
+        "evaluate=true",
+        f"data.test_source={images / 'test'}",
+        "callbacks.reconstruction_pictures.num_images=2",
+        "schedule.milestones=[1ep]",
+    )
+    assert "encoder 0." in dry_run(recipe, seconds=0.01)
+    outputs = pretrain(recipe)
+    assert outputs.scores.keys() == {"trained", "random"}
+    assert len(list(outputs.pictures.iterdir())) == 2
+    encoder = build_parts(recipe).model().get_submodule("encoder")
+    assert encoder_of(outputs).keys() == encoder.state_dict().keys() - {"mask_token"}
+    for key, value in encoder_of(outputs).items():
+        assert value.shape == encoder.state_dict()[key].shape, key
+
+
+def rates_of(recipe: Recipe) -> list[float]:
+    """The learning rate of each batch of a run without AEMIM."""
     logger = InMemoryLogger()
     parts = replace(build_parts(recipe), loggers=[logger], algorithms=[])
     trainer = build_trainer(recipe, parts, train_shards(recipe.data))
     trainer.fit()
     trainer.close()
-    rates = [float(value) for _, value in logger.data["lr-AdamW/group0"]]
+    return [float(value) for _, value in logger.data["lr-AdamW/group0"]]
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, images, "callbacks.lr_monitor=null", "algorithms={aemim: null}")
     peak = learning_rate(recipe)
     assert peak == pytest.approx(0.01 * 8 / 256)
     cosine = 0.5 * peak * (1 + torch.cos(torch.pi * torch.arange(6) / 6))
-    assert rates == pytest.approx([0.0, peak / 2, *cosine.tolist()])
+    assert rates_of(recipe) == pytest.approx([0.0, peak / 2, *cosine.tolist()])
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_the_rate_can_fall_in_steps(images: Path, tmp_path: Path, warmup: int) -> None:
+    recipe = recipe_in(
+        tmp_path,
+        images,
+        "callbacks.lr_monitor=null",
+        "max_duration=8ba",
+        f"schedule.warmup={warmup}ba",
+        "schedule={milestones: [4ba, 6ba], step_factor: 0.5}",
+    )
+    steps = [0.0, 0.5, 1.0, 1.0] if warmup else [1.0] * 4
+    peak = learning_rate(recipe)
+    assert rates_of(recipe) == pytest.approx([peak * step for step in [*steps, 0.5, 0.5, 0.25, 0.25]])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(images: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every YAML that ships loads, names parts that exist, and says what the paper's Table 1 says."""
+"""Every YAML that ships loads, names parts that exist, and says what the paper's tables say."""
 
 from __future__ import annotations
 
@@ -22,10 +22,20 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 # backbone, epochs, warm-up epochs
 RUNS = [("small", 300, 15), ("base", 300, 15), ("base", 800, 40)]
+SIMMIM = ["imagenet_simmim_swin_base_100ep", "imagenet_simmim_vit_base_800ep"]
+SMALL_SIMMIM = ["cifar10_simmim_swin_tiny", "cifar10_simmim_vit_tiny"]
+OTHERS = {
+    "simmim": [*SIMMIM, *SMALL_SIMMIM],
+    "maskfeat": ["imagenet_maskfeat_vit_base_300ep", "cifar10_maskfeat_vit_tiny"],
+    "beit": ["imagenet_beit_vit_base_800ep", "cifar10_beit_vit_tiny"],
+}
 
 
 def load(path: Path) -> Recipe:
-    return load_recipe(path, [] if path.stem == "quickstart" else ["data.source=photos"])
+    overrides = [] if path.stem == "quickstart" else ["data.source=photos"]
+    if "_beit_" in path.stem:
+        overrides.append("model.tokenizer=tokenizer.pt")
+    return load_recipe(path, overrides)
 
 
 def aemim_of(recipe: Recipe) -> AEMIM | None:
@@ -46,6 +56,9 @@ def test_every_base_is_used() -> None:
 def test_the_recipes_are_those_of_the_paper() -> None:
     expected = {f"imagenet_vit_{b}_{e}ep_{m}" for b, e, _ in RUNS for m in METHODS}
     expected |= {f"cifar10_tiny_{method}" for method in METHODS} | {"quickstart"}
+    for baseline, runs in OTHERS.items():
+        expected |= {f"{run}_{method}" for run in runs for method in (baseline, "aemim")}
+    expected.add("cifar10_dvae_tiny")  # a tokenizer for BEiT
     assert {path.stem for path in RECIPES} == expected
 
 
@@ -83,6 +96,39 @@ def test_the_methods_are_table_1(run: str, method: str) -> None:
         assert aemim is None
     else:
         assert aemim == AEMIM(epsilon=2.0, loss_ratio=0.5, adversarial_loss="l2", adapter="norm", **expected)
+
+
+@pytest.mark.parametrize("method", ["simmim", "aemim"])
+@pytest.mark.parametrize("run", SIMMIM)
+def test_simmim_recipes_are_as_published(run: str, method: str) -> None:
+    """SimMIM's two configurations; their rates are given for a batch of 512."""
+    recipe = load(YAMLS / "pretrain" / f"{run}_{method}.yaml")
+    swin = "swin" in run
+    assert recipe.model == {"mask_ratio": 0.6, "mask_patch_size": 32} | (
+        {"name": "simmim_swin_base_patch4_window6", "image_size": 192}
+        if swin
+        else {"name": "simmim_vit_base_patch16", "image_size": 224, "drop_path": 0.1}
+    )
+    assert recipe.max_duration == ("100ep" if swin else "800ep")
+    assert recipe.global_batch_size == 2048
+    assert learning_rate(recipe) == pytest.approx((2e-4 if swin else 1e-4) * 2048 / 512)
+    assert recipe.schedule.warmup == "10ep"
+    if swin:
+        assert recipe.schedule.min_learning_rate == pytest.approx(1e-5 * 2048 / 512)
+    else:
+        assert (recipe.schedule.milestones, recipe.schedule.step_factor) == (["700ep"], 0.1)
+    assert recipe.optimizer.weight_decay == 0.05
+    assert recipe.optimizer.betas == (0.9, 0.999)
+    assert recipe.data.crop_scale == (0.67, 1.0)
+    assert recipe.algorithms["gradient_clipping"] == {"clipping_type": "norm", "clipping_threshold": 5.0}
+
+
+@pytest.mark.parametrize("run", SIMMIM + SMALL_SIMMIM)
+def test_aemim_on_simmim_is_table_9(run: str) -> None:
+    assert aemim_of(load(YAMLS / "pretrain" / f"{run}_simmim.yaml")) is None
+    aemim = aemim_of(load(YAMLS / "pretrain" / f"{run}_aemim.yaml"))
+    expected: dict[str, Any] = {"epsilon": 2.0, "steps": 1, "adversarial_ratio": 1.0, "loss_ratio": 0.5}
+    assert aemim == AEMIM(**expected, adversarial_loss="l2", adapter="norm")
 
 
 def test_a_recipe_is_a_short_list_of_differences() -> None:

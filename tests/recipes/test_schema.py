@@ -116,6 +116,11 @@ def test_a_refused_override_is_named(recipe_file: Path, override: str, said: lis
         "optimizer.weight_decay=-1",
         "optimizer.betas=[0.9, 1.0]",
         "schedule.min_learning_rate=-1",
+        "schedule.milestones=[soon]",
+        "schedule.milestones=[8ep]",
+        "schedule.milestones=[100ba]",
+        "schedule.milestones=[4ep, 2ep]",
+        "schedule.step_factor=1",
         "max_duration=8",
         "max_duration=8 epochs",
         "save_interval=often",
@@ -131,6 +136,12 @@ def test_an_impossible_value_is_named(recipe_file: Path, override: str) -> None:
     assert str(recipe_file) in line
     assert f": {key}=" in line
     assert ": expected " in line
+
+
+def test_steps_have_no_floor(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["schedule.milestones=[4ep, 6ep]"]).schedule.milestones == ["4ep", "6ep"]
+    line = refusal(recipe_file, "schedule.milestones=[4ep]", "schedule.min_learning_rate=1e-5")
+    assert "schedule.min_learning_rate=1e-05: expected 0 with milestones" in line
 
 
 def test_a_missing_value_is_named(recipe_file: Path) -> None:

@@ -1,0 +1,1 @@
+"""Trained models in the names and files of other libraries, out and in."""
