@@ -46,7 +46,7 @@ from aemim_algorithm.metrics import AttackMetrics, FiniteLossCheck, PixelRangeCh
 from aemim_algorithm.plan import BatchPlan, noise_of
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.samples import first_dimension
-from aemim_algorithm.schedule import Schedule, parse_schedule, schedule_text, value_at
+from aemim_algorithm.schedule import Schedule, largest, parse_schedule, schedule_text, value_at
 from aemim_algorithm.search import find_encoder, resolve_encoder
 from aemim_algorithm.validation import (
     require_choice,
@@ -118,10 +118,12 @@ class AEMIM(Algorithm):
         self._branch: AdversarialBranch | None = None
         self._plan: BatchPlan | None = None
         self._result: AdversarialPass | None = None
+        self._now: dict[str, float] = {}
         self._metrics, self._finite = AttackMetrics(), FiniteLossCheck()
         self._range = PixelRangeCheck(self.mean, self.std)
         self._before_batch: RngState | None = None
         self._repeating = self._checked = False
+        self._num_adapters = 0
 
     def _validate(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, float | Schedule]:
         unit = " (1/255 of the pixel range)"
@@ -176,7 +178,7 @@ class AEMIM(Algorithm):
         path = self.encoder or find_encoder(model, channels=len(self.mean))
         resolve_encoder(model, path)  # before anything is changed
         require_no_checkpointing(model)
-        apply_adapters(model, self.adapter, optimizers)
+        self._num_adapters = apply_adapters(model, self.adapter, optimizers)
         if self._model is not model:
             self._model, self._checked = model, False
             model.register_load_state_dict_pre_hook(adapt_state_dict)
@@ -188,6 +190,17 @@ class AEMIM(Algorithm):
                 mean=self.mean,
                 std=self.std,
             )
+
+    def present(self, name: str) -> float:
+        """The value of an argument that may be a schedule.
+
+        Args:
+            name: ``"epsilon"``, ``"adversarial_ratio"`` or ``"loss_ratio"``.
+
+        Returns:
+            Its value in the present batch; before the first one, the largest that it will have.
+        """
+        return self._now.get(name, largest(self._schedules[name]))
 
     def training_loss(
         self, model: ComposerModel, batch: Any, *, step: int, seed: int = 0
@@ -231,7 +244,7 @@ class AEMIM(Algorithm):
         branch = self._get_branch()
         branch.start()
         outputs = model(batch)
-        epsilon = value_at(None, "epsilon", self._schedules["epsilon"])
+        epsilon = self.present("epsilon")
         noise = noise_of(seed=seed, number=step, positions=torch.arange(first_dimension(batch)))
         return outputs, branch.finish(model, batch, outputs, epsilon=epsilon, noise=noise)
 
@@ -283,7 +296,7 @@ class AEMIM(Algorithm):
         self._finite.require_finite(int(state.timestamp.batch))
         self._range.warn_once()
         scheduled = {
-            f"aemim/{name}": self._now[name]
+            f"aemim/{name}": self.present(name)
             for name, value in self._schedules.items()
             if isinstance(value, Schedule)
         }
@@ -307,16 +320,16 @@ class AEMIM(Algorithm):
         """What can be seen only after INIT, before the first batch."""
         require_no_checkpointing(model)
         repeat_randomness_when_compiled(_unwrapped(model))
-        if self.adapter != "none" and not adapters_of(model):
+        if len(adapters_of(model)) < self._num_adapters:
             raise ValueError(
-                "another algorithm has replaced AEMIM's adapters: pass AEMIM after it in algorithms=[...]"
+                "another algorithm has replaced adapters of AEMIM: pass AEMIM after it in algorithms=[...]"
             )
         self._checked = True
 
     def _start_batch(self, batch: Any, number: int, seed: int, state: State | None) -> None:
         """Choose the samples of this rank's batch that will be attacked, and how."""
         self._now = {name: value_at(state, name, value) for name, value in self._schedules.items()}
-        ratio = self._now["adversarial_ratio"]
+        ratio = self.present("adversarial_ratio")
         self._plan = BatchPlan(first_dimension(batch), ratio, seed=seed, number=number)
 
     def _run_branch(
@@ -338,7 +351,7 @@ class AEMIM(Algorithm):
             model,
             batch,
             outputs,
-            epsilon=self._now["epsilon"],
+            epsilon=self.present("epsilon"),
             noise=share.noise,
             index=share.index,
             precision=precision,
@@ -357,7 +370,7 @@ class AEMIM(Algorithm):
             rng = RngState.capture()
             adversarial = self._weight * total_loss(model.loss(result.outputs, result.batch))
             rng.restore()
-        ratio = self._now["loss_ratio"]
+        ratio = self.present("loss_ratio")
         total = ratio * clean + (1 - ratio) * adversarial
         named = {name: part.detach() for name, part in loss.items()} if isinstance(loss, Mapping) else {}
         return named | {"total": total, "clean": clean.detach(), "adversarial": adversarial.detach()}

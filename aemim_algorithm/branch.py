@@ -131,9 +131,11 @@ class AdversarialBranch:
     ) -> EncoderCall:
         """The encoder's clean call for some samples; run again if it can't be cut from the whole."""
         assert self._before is not None
-        if call.deterministic and (mask or call.rng == self._before):
+        repeatable = call.deterministic and (mask or call.rng == self._before)
+        if repeatable and not self.tap.sees_the_batch():
             return call.take(index)
-        # The random numbers of a smaller batch are others: the attack needs a reference under them.
+        # The random numbers and the statistics of a smaller batch are others: the attack needs a
+        # reference under them.
         self._before.restore()
         self.tap.start()
         with torch.no_grad(), preserved_buffers(model):

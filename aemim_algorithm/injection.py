@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.samples import map_tensors, take_samples
@@ -116,6 +117,12 @@ class EncoderTap:
     def cancel(self) -> None:
         """Stop recording and forget what was recorded."""
         self._recording, self._call, self._entered = False, None, None
+
+    def sees_the_batch(self) -> bool:
+        """Whether features depend on the other samples: batch normalization, in training mode."""
+        owner = getattr(self._encoder, "__self__", self._encoder)  # of a method
+        modules = owner.modules() if isinstance(owner, nn.Module) else ()
+        return any(module.training for module in modules if isinstance(module, _BatchNorm))
 
     @contextmanager
     def inject(self, images: Tensor, rng: RngState) -> Iterator[Callable[[], Tensor]]:

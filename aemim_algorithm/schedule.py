@@ -15,7 +15,7 @@ from composer.optim import CosineAnnealingScheduler, LinearScheduler
 
 from aemim_algorithm.validation import require_number
 
-__all__ = ["Schedule", "parse_schedule", "schedule_text", "value_at"]
+__all__ = ["Schedule", "largest", "parse_schedule", "schedule_text", "value_at"]
 
 _PATTERN = re.compile(r"(linear|cosine)\s+(\S+?)\s*(?:→|->)\s*(\S+)\s+over\s+(\S+)")
 
@@ -101,6 +101,11 @@ def parse_schedule(
     for end_of_it in (start, end):
         require_number(name, end_of_it, low=low, high=high, low_open=low_open, unit=unit)
     return schedule
+
+
+def largest(value: float | Schedule) -> float:
+    """The largest value that an argument will have."""
+    return max(value.start, value.end) if isinstance(value, Schedule) else value
 
 
 def value_at(state: State | None, name: str, value: float | Schedule) -> float:

@@ -277,6 +277,26 @@ def test_running_statistics_see_one_batch_a_step(adapter: str, ratio: float) -> 
         assert not torch.allclose(norm.adversarial.running_var, stock.running_var, rtol=1e-4)
 
 
+def test_the_reference_of_a_share_has_the_statistics_of_that_share() -> None:
+    """Batch normalization makes features depend on their batch: that is no adversarial distance."""
+
+    class Masked(ConvolutionalMIM):
+        def forward(self, batch: Any, mask: Tensor | None = None) -> Any:
+            images, mask = batch[0], torch.ones(len(batch[0]), 1, 16, 16) if mask is None else mask
+            return {"prediction": self.decoder(self.encoder(images * mask)), "mask": mask}
+
+        def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+            return super().loss(outputs["prediction"], batch)
+
+    torch.manual_seed(0)
+    model, aemim = Masked(), AEMIM(adversarial_ratio=0.25, epsilon=0, adapter="none")
+    model.encoder = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6))
+    spy = Spy(aemim)
+    fit(model, aemim, spy, duration="1ba")
+    assert not any(distance.any() for distance in spy.results[0][2].distances)
+    assert model.encoder[1].num_batches_tracked == 1  # of the clean pass alone
+
+
 def test_logs_losses_distances_and_perturbation() -> None:
     logger = InMemoryLogger()
     fit(tiny_mae(), AEMIM(), loggers=[logger], micro=4)

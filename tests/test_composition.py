@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import IN_ANY_ORDER, Combination, ConvolutionalMIM, conv
 from composer.algorithms import (
     EMA,
     SAM,
     SWA,
-    ChannelsLast,
     GhostBatchNorm,
     GradientClipping,
     LayerFreezing,
     LowPrecisionLayerNorm,
-    ProgressiveResizing,
 )
 from composer.algorithms.low_precision_layernorm.low_precision_layernorm import LPLayerNorm
 from composer.core import Algorithm, Event, Precision, State
@@ -42,29 +41,7 @@ pytestmark = [
 ]
 
 
-class ConvolutionalMIM(ComposerModel):
-    """Takes images of any size; batch normalization; its mask is drawn inside the encoder."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(Masking(), nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.GELU())
-        self.decoder = nn.Conv2d(6, 3, 1)
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.decoder(self.encoder(batch[0]))
-
-    def loss(self, outputs: Tensor, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return (outputs - batch[0]).square().mean()
-
-
-class Masking(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return images * (torch.rand(len(images), 1, *images.shape[2:]) < 0.5)
-
-
-def conv(seed: int = 0) -> ConvolutionalMIM:
-    torch.manual_seed(seed)
-    return ConvolutionalMIM()
+every_combination = pytest.mark.parametrize("combination", IN_ANY_ORDER, ids=lambda each: each.name)
 
 
 def both_orders(aemim: AEMIM, other: Callable[[], Algorithm]) -> Iterable[list[Algorithm]]:
@@ -83,53 +60,39 @@ def average_of(algorithm: Algorithm) -> dict[str, Tensor]:
     return {}
 
 
-OTHERS: dict[str, tuple[Callable[[], ComposerModel], Callable[[], Algorithm], dict[str, Any], float]] = {
-    "ema": (tiny_mae, lambda: EMA(half_life="2ba"), {}, 0.0),
-    # The norm of all gradients is one of more numbers, though the others are zero: rounding.
-    "clipping by norm": (tiny_mae, lambda: GradientClipping("norm", 0.05), {"optimizer": "sgd"}, 1e-5),
-    "clipping by value": (tiny_mae, lambda: GradientClipping("value", 1e-3), {}, 0.0),
-    "adaptive clipping": (tiny_mae, lambda: GradientClipping("adaptive", 0.01), {}, 0.0),
-    "sam": (tiny_mae, lambda: SAM(rho=0.1), {"optimizer": "sgd"}, 1e-5),
-    "channels last": (conv, ChannelsLast, {}, 0.0),
-    "progressive resizing": (conv, lambda: ProgressiveResizing("crop", 0.5, 0.2, 0.2), {}, 0.0),
-    "layer freezing": (tiny_mae, lambda: LayerFreezing(0.0, 1.0), {}, 0.0),
-    "swa": (tiny_mae, lambda: SWA("1ep", "3ep", "1ba"), {"optimizer": "sgd"}, 0.0),
-}
-
-
 def train(build: Callable[[], ComposerModel], algorithms: list[Algorithm], **options: Any) -> Any:
     model = build()
     if any(isinstance(algorithm, AEMIM) for algorithm in algorithms):
         apply_adapters(model)
         perturb(model)
-    if options.pop("optimizer", None):
+    if options.pop("momentum", False):
         options["optimizers"] = SGD(model.parameters(), lr=0.05, momentum=0.9)
     return fit(model, *algorithms, duration="4ep", train_dataloader=loader(16), **options)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_with_loss_ratio_one_it_changes_nothing_for_the_other_algorithm(name: str) -> None:
-    build, other, options, rtol = OTHERS[name]
+@every_combination
+def test_with_loss_ratio_one_it_changes_nothing_for_the_other_algorithm(combination: Combination) -> None:
+    build, other, options = combination.build, combination.algorithm, combination.options
     alone = other()
     expected = train(build, [alone], **options).state.model.state_dict()
     for algorithms in both_orders(AEMIM(loss_ratio=1.0), other):
         state = train(build, algorithms, **options).state.model.state_dict()
         assert len(state) > len(expected)
-        assert_same(clean_part(state), expected, rtol)
+        assert_same(clean_part(state), expected, combination.rtol)
         (beside,) = (algorithm for algorithm in algorithms if not isinstance(algorithm, AEMIM))
         assert_same(clean_part(average_of(beside)), average_of(alone))
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_the_order_in_the_list_does_not_matter(name: str) -> None:
-    build, other, options, _ = OTHERS[name]
+@every_combination
+def test_the_order_in_the_list_does_not_matter(combination: Combination) -> None:
+    build, other, options = combination.build, combination.algorithm, combination.options
     one, two = (
         train(build, algorithms, **options).state.model.state_dict()
         for algorithms in both_orders(AEMIM(), other)
     )
     assert_same(one, two)
     alone = train(build, [AEMIM()], **options).state.model.state_dict()
-    if name != "ema":  # which leaves the trained weights alone
+    if combination.name != "EMA":  # which leaves the trained weights alone
         assert any(not torch.equal(value, alone[key]) for key, value in one.items()), "it had no effect"
 
 
@@ -160,7 +123,7 @@ def by_hand(
 
 
 def trained_beside(other: Algorithm, **options: Any) -> dict[str, Tensor]:
-    trainer = train(tiny_mae, [other, AEMIM()], optimizer="sgd", **options)
+    trainer = train(tiny_mae, [other, AEMIM()], momentum=True, **options)
     return trainer.state.model.state_dict()
 
 
@@ -208,7 +171,7 @@ def test_ema_averages_the_copies_too() -> None:
     for first in (True, False):
         ema = EMA(half_life="2ba")
         algorithms: list[Algorithm] = [ema, AEMIM()] if first else [AEMIM(), ema]
-        train(tiny_mae, algorithms, optimizer="sgd")
+        train(tiny_mae, algorithms, momentum=True)
         stored = average_of(ema)
         assert any("adversarial" in name for name in stored)
         assert_same(stored, {name: average[name] for name in stored}, 1e-5)
@@ -319,7 +282,7 @@ def test_a_stranger_that_replaces_the_adapters_is_refused() -> None:
         def apply(self, event: Event, state: State, logger: Any) -> None:
             state.model.encoder[2] = nn.BatchNorm2d(6)
 
-    with pytest.raises(ValueError, match="another algorithm has replaced AEMIM's adapters"):
+    with pytest.raises(ValueError, match="another algorithm has replaced adapters of AEMIM"):
         fit(conv(), AEMIM(), Replaces())
 
 

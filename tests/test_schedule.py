@@ -120,3 +120,11 @@ def test_a_schedule_needs_a_trainer() -> None:
     aemim.attach(model)
     with pytest.raises(ValueError, match="epsilon is a schedule, which needs a Trainer's time"):
         aemim.training_loss(model, normalised_images(4), step=0)
+
+
+def test_an_attack_outside_of_training_takes_the_largest_value() -> None:
+    aemim, model = AEMIM(epsilon="cosine 1→3 over 1ep", adversarial_ratio="linear 1→0.5 over 2ep"), tiny_mae()
+    aemim.attach(model)
+    assert (aemim.present("epsilon"), aemim.present("adversarial_ratio")) == (3.0, 1.0)
+    _, result = aemim.attack(model, normalised_images(4), step=0)
+    assert result.perturbation.max() == pytest.approx(3.0, abs=1e-4)

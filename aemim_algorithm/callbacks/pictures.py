@@ -156,10 +156,11 @@ def _grid(
         "reconstruction": _pixels(pictures.reconstruction, center, scale),
     }
     if aemim is not None and pictures.adversarial is not None and pictures.perturbation is not None:
-        gain = 127.5 / max(aemim.epsilon, 1e-3)
+        epsilon = aemim.present("epsilon")
+        gain = 127.5 / max(epsilon, 1e-3)
         amplified = 0.5 + gain * pictures.perturbation.cpu().float() * scale
         columns |= {
-            f"adversarial, ε={aemim.epsilon:g}/255": _pixels(pictures.adversarial, center, scale),
+            f"adversarial, ε={epsilon:g}/255": _pixels(pictures.adversarial, center, scale),
             f"perturbation ×{gain:.0f}": amplified.clamp(0, 1),
             "its reconstruction": _pixels(pictures.adversarial_reconstruction, center, scale),
         }

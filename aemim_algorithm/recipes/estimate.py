@@ -74,7 +74,7 @@ def estimate(
     if algorithm is not None:
         apply_adapters(model, algorithm.adapter)
         # The clean graph is still there while the adversarial pass builds its own.
-        kept += int(algorithm.adversarial_ratio * kept)
+        kept += int(algorithm.present("adversarial_ratio") * kept)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     fixed = sum(value.numel() for value in model.parameters() if not value.requires_grad)
     return Estimate(
@@ -110,7 +110,7 @@ def step_flops(model: ComposerModel, batch: Any, algorithm: AEMIM | None = None)
         return clean
     encoder = None if algorithm.adversarial_loss == "reconstruction" else _encoder(model, algorithm)
     attack = algorithm.steps * attack_flops(model, batch, encoder)
-    return clean + algorithm.adversarial_ratio * (attack + clean)
+    return clean + algorithm.present("adversarial_ratio") * (attack + clean)
 
 
 def attack_flops(model: ComposerModel, batch: Any, encoder: nn.Module | None) -> float:
