@@ -29,6 +29,13 @@ class RestoredRandomness(Callback):
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
         """Restore before the first batch's forward, but after the loader drew its own seed."""
+        self._restore()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Nothing was left of the epoch: restore before the loader of the next one draws its seed."""
+        self._restore()
+
+    def _restore(self) -> None:
         if self._saved is not None:
             reproducibility.load_rng_state(self._saved)
             self._saved = None

@@ -99,6 +99,17 @@ class ImageStream(StreamingDataset):
         seed = _crop_seed(self.shuffle_seed, self._epoch(), int(sample_id))
         return {"image": self._transform(image, seed), "label": int(sample["label"])}
 
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """What a checkpoint keeps, as streaming counts it; between epochs, the start of the next one.
+
+        There streaming itself names the epoch that has just ended, and a resumed run would train on its
+        samples and crops once more.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        if from_beginning and num_samples == 0:
+            state["epoch"] = max(state["epoch"], self.next_epoch)
+        return state
+
     def _epoch(self) -> int:
         """The epoch being iterated: `next_epoch` is raised before an epoch's first sample.
 

@@ -145,19 +145,29 @@ def test_a_finished_run_can_be_started_again(
     assert_equal(encoder_of(again), before)
 
 
+# Composer wonders that an epoch has no batch left after a checkpoint at its last one.
+@pytest.mark.filterwarnings("ignore:No batches were trained")
+@pytest.mark.parametrize(
+    ("save_interval", "killed_at"),
+    [("3ba", 5), ("3ba", 7), ("4ba", 5), ("1ep", 5)],
+    ids=["in mid-epoch", "in the second epoch", "at an epoch's last batch", "between epochs"],
+)
 def test_an_interrupted_run_continues_as_if_it_had_not_been(
+    save_interval: str,
+    killed_at: int,
     images: Path,
     tmp_path: Path,
     finished: tuple[Recipe, Outputs],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = recipe_in(tmp_path, images, "save_interval=3ba")
+    """Four batches an epoch: the same images, crops and masks, wherever the checkpoint was taken."""
+    recipe = recipe_in(tmp_path, images, f"save_interval={save_interval}")
 
     class KilledError(Exception):
         pass
 
     def kill(self: FiniteLoss, state: Any, logger: Any) -> None:
-        if state.timestamp.batch == 5:
+        if state.timestamp.batch == killed_at:
             raise KilledError
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
