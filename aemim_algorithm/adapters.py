@@ -34,15 +34,17 @@ __all__ = [
     "adversarial_mode",
     "adversarial_parameters",
     "apply_adapters",
+    "copies_of_buffers",
     "preserved_buffers",
     "remove_adapters",
     "require_no_checkpointing",
+    "require_same_adapters",
 ]
 
 ADAPTERS = ("norm", "cls_token", "both", "none")
 
 _TORCH_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-_NORM_NAME = re.compile(r"Norm|GRN")
+_NORM_NAME = re.compile(r"Norm(?!ed|al)|GRN")
 
 
 class Adapter(nn.Module):
@@ -181,6 +183,11 @@ def adversarial_mode(model: nn.Module) -> Iterator[None]:
             adapter.adversarial_mode = mode
 
 
+def copies_of_buffers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Every buffer of a model with a copy of its present values."""
+    return [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+
 @contextmanager
 def preserved_buffers(model: nn.Module, *, clean_only: bool = False) -> Iterator[None]:
     """Keep every buffer, such as running statistics, as it is, whatever passes inside.
@@ -219,6 +226,21 @@ def require_no_checkpointing(model: nn.Module) -> None:
                 "the recomputed pass would use the wrong adapters, and gradients would be silently wrong; "
                 "turn it off and lower device_train_microbatch_size instead"
             )
+
+
+def require_same_adapters(model: nn.Module, adapter: str) -> None:
+    """Refuse to go on with a model that has adapters of another kind; one without any is right.
+
+    Raises:
+        ValueError: If ``adapter`` is not what the model was adapted with.
+    """
+    present = {type(module).__mro__[1] for module in adapters_of(model)}
+    wanted = {"norm": {DualNorm}, "cls_token": {DualClassToken}, "both": {DualNorm, DualClassToken}}
+    if present and present != wanted.get(adapter):
+        raise ValueError(
+            f"adapter={adapter!r}, but {type(model).__name__} has adapters of another kind already: pass "
+            "the adapter that it was trained with, or call remove_adapters(model) first"
+        )
 
 
 def adapters_of(model: nn.Module) -> list[Adapter]:

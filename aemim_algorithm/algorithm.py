@@ -6,7 +6,7 @@ layers.
 
 - ``INIT``: adapters are added to the model and the optimizer, the encoder is tapped.
 - ``BEFORE_FORWARD``, ``AFTER_FORWARD``: the clean pass is recorded, attacked, and run once more.
-- ``AFTER_LOSS``: the loss becomes λ·clean + (1−λ)·adversarial.
+- ``BEFORE_LOSS``, ``AFTER_LOSS``: the loss becomes λ·clean + (1−λ)·adversarial.
 
 With T=2 a step of MAE on ViT-B/16 costs 2.60 times its FLOPs; the fast variant 1.33 times.
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from aemim_algorithm.adapters import ADAPTERS, adapters_of, apply_adapters, require_no_checkpointing
+from aemim_algorithm.adapters import (
+    ADAPTERS,
+    adapters_of,
+    adversarial_mode,
+    apply_adapters,
+    copies_of_buffers,
+    preserved_buffers,
+    require_no_checkpointing,
+    require_same_adapters,
+)
 from aemim_algorithm.branch import AdversarialBranch, AdversarialPass
 from aemim_algorithm.checkpoints import adapt_state_dict, argument_differences
 from aemim_algorithm.composition import (
@@ -122,8 +131,9 @@ class AEMIM(Algorithm):
         self._metrics, self._finite = AttackMetrics(), FiniteLossCheck()
         self._range = PixelRangeCheck(self.mean, self.std)
         self._before_batch: RngState | None = None
-        self._repeating = self._checked = False
-        self._num_adapters = 0
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._micro_batch_size: int | float | None = None
+        self._num_adapters, self._checked = 0, False
 
     def _validate(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, float | Schedule]:
         unit = " (1/255 of the pixel range)"
@@ -178,6 +188,7 @@ class AEMIM(Algorithm):
         path = self.encoder or find_encoder(model, channels=len(self.mean))
         resolve_encoder(model, path)  # before anything is changed
         require_no_checkpointing(model)
+        require_same_adapters(model, self.adapter)
         self._num_adapters = apply_adapters(model, self.adapter, optimizers)
         if self._model is not model:
             self._model, self._checked = model, False
@@ -221,10 +232,11 @@ class AEMIM(Algorithm):
             ``"adversarial"``, scalars; and the parts of the clean loss if it is a dict.
         """
         self._start_batch(batch, step, seed, None)
-        self._get_branch().start()
-        outputs = model(batch)
+        with self._recorded():
+            outputs = model(batch)
         self._run_branch(model, batch, outputs)
         self._range.warn_once()
+        self._before_loss = RngState.capture()
         return self._combine(model, model.loss(outputs, batch))
 
     def attack(
@@ -241,12 +253,11 @@ class AEMIM(Algorithm):
         Returns:
             The clean outputs, and the adversarial pass.
         """
-        branch = self._get_branch()
-        branch.start()
-        outputs = model(batch)
+        with self._recorded():
+            outputs = model(batch)
         epsilon = self.present("epsilon")
         noise = noise_of(seed=seed, number=step, positions=torch.arange(first_dimension(batch)))
-        return outputs, branch.finish(model, batch, outputs, epsilon=epsilon, noise=noise)
+        return outputs, self._get_branch().finish(model, batch, outputs, epsilon=epsilon, noise=noise)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare the arguments with those of the run that saved ``state``; warn of differences."""
@@ -265,16 +276,21 @@ class AEMIM(Algorithm):
         if not self._checked:  # the model is wrapped and compiled by now
             self._check_model(state.model)
         self._start_batch(state.batch, int(state.timestamp.batch), state.rank_zero_seed, state)
-        self._before_batch, self._repeating = None, False
+        self._before_batch = None
 
     def _on_before_train_batch(self, state: State, logger: Logger) -> None:
-        # Once a batch, on each call of an optimizer's closure, and when Composer repeats a batch with
-        # smaller micro-batches: then the masks must be those that it would have had at first.
+        # Once a batch, on each call of an optimizer's closure, and when Composer repeats a batch that ran
+        # out of memory: then masks and running statistics must be those that it would have had at first.
+        size = state.device_train_microbatch_size
         if self._before_batch is None:
             self._before_batch = RngState.capture()
-        elif self._repeating:
+            self._buffers = copies_of_buffers(state.model) if state.auto_microbatching else []
+        elif size != self._micro_batch_size:
             self._before_batch.restore()
-        self._repeating = True
+            for buffer, values in self._buffers:
+                buffer.copy_(values)
+        self._micro_batch_size = size
+        self._get_branch().cancel()
         self._get_plan().rewind()
         self._metrics, self._finite, self._result = AttackMetrics(), FiniteLossCheck(), None
 
@@ -286,13 +302,15 @@ class AEMIM(Algorithm):
         precision = partial(get_precision_context, state.precision, state.precision_config)
         self._run_branch(_unwrapped(state.model), state.batch, state.outputs, precision)
 
+    def _on_before_loss(self, state: State, logger: Logger) -> None:
+        self._before_loss = RngState.capture()
+
     def _on_after_loss(self, state: State, logger: Logger) -> None:
         with get_precision_context(state.precision, state.precision_config):
             state.loss = self._combine(_unwrapped(state.model), state.loss)
         self._finite.update(state.loss)
 
     def _on_after_train_batch(self, state: State, logger: Logger) -> None:
-        self._repeating = False
         self._finite.require_finite(int(state.timestamp.batch))
         self._range.warn_once()
         scheduled = {
@@ -311,6 +329,7 @@ class AEMIM(Algorithm):
         Event.BEFORE_TRAIN_BATCH: _on_before_train_batch,
         Event.BEFORE_FORWARD: _on_before_forward,
         Event.AFTER_FORWARD: _on_after_forward,
+        Event.BEFORE_LOSS: _on_before_loss,
         Event.AFTER_LOSS: _on_after_loss,
         Event.AFTER_TRAIN_BATCH: _on_after_train_batch,
         Event.EPOCH_CHECKPOINT: _on_epoch_checkpoint,
@@ -367,13 +386,26 @@ class AEMIM(Algorithm):
         if result is None:
             adversarial = torch.zeros_like(clean)
         else:
-            rng = RngState.capture()
-            adversarial = self._weight * total_loss(model.loss(result.outputs, result.batch))
-            rng.restore()
+            after = RngState.capture()
+            self._before_loss.restore()
+            with adversarial_mode(model), preserved_buffers(model, clean_only=True):
+                adversarial = self._weight * total_loss(model.loss(result.outputs, result.batch))
+            after.restore()
         ratio = self.present("loss_ratio")
         total = ratio * clean + (1 - ratio) * adversarial
         named = {name: part.detach() for name, part in loss.items()} if isinstance(loss, Mapping) else {}
         return named | {"total": total, "clean": clean.detach(), "adversarial": adversarial.detach()}
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """The clean forward pass is inside; if it fails, nothing of it is kept."""
+        branch = self._get_branch()
+        branch.start()
+        try:
+            yield
+        except BaseException:
+            branch.cancel()
+            raise
 
     def _get_plan(self) -> BatchPlan:
         assert self._plan is not None, "BATCH_START comes first"

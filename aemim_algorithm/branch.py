@@ -140,6 +140,8 @@ class AdversarialBranch:
         self.tap.start()
         with torch.no_grad(), preserved_buffers(model):
             model(batch, **mask)
+        # Autocast has kept weights that it cast without gradient: the next passes would train none of them.
+        torch.clear_autocast_cache()
         return self.tap.stop()
 
     def _attack_and_forward(

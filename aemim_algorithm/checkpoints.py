@@ -26,9 +26,10 @@ def adapt_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_: 
     Raises:
         ValueError: If the state has adversarial copies of other parameters than the model.
     """
-    copies = _copies(module)
+    # Of what the state holds: it may be that of a part, such as an encoder.
+    copies = {key: twin for key, twin in _copies(module).items() if prefix + twin in state}
     saved = {key.removeprefix(prefix) for key in state if key.startswith(prefix) and _is_copy(key)}
-    if not saved and any(prefix + twin in state for twin in copies.values()):
+    if copies and not saved:
         warnings.warn(
             "AEMIM: the checkpoint was trained without it, so the adversarial copies start from its "
             "clean parameters",

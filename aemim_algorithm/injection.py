@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.samples import map_tensors, take_samples
-from aemim_algorithm.search import resolve_encoder
+from aemim_algorithm.search import candidates, resolve_encoder
 
 __all__ = ["EncoderCall", "EncoderTap", "feature_dim", "first_tensor"]
 
@@ -75,7 +75,10 @@ class EncoderTap:
     def __init__(self, model: nn.Module, path: str) -> None:
         self.path = path
         owner, name, self._encoder = resolve_encoder(model, path)
-        self._recording = False
+        # A method answers for its module.
+        self._module: nn.Module | None = self._encoder if isinstance(self._encoder, nn.Module) else owner
+        self._hint = candidates(model)
+        self._recording, self._calls = False, 0
         self._injected: tuple[Tensor, RngState] | None = None
         self._features: Tensor | None = None
         self._entered: tuple[tuple[Any, ...], dict[str, Any], int | str, RngState] | None = None
@@ -90,22 +93,29 @@ class EncoderTap:
     def start(self) -> None:
         """Record the next call, until :meth:`stop`; forgets what was recorded before."""
         self._recording, self._call, self._entered, self._injected = True, None, None, None
+        self._calls = 0
 
     def stop(self) -> EncoderCall:
         """Stop recording.
 
         Returns:
-            The first call that was recorded.
+            The call that was recorded.
 
         Raises:
-            ValueError: If the encoder was not called with an image.
+            ValueError: If the encoder was not called with an image, or more than once: then it is not
+                known which of its inputs is the one to attack, and which makes a target.
         """
-        call = self._call
+        call, calls = self._call, self._calls
         self.cancel()
         if call is None:
             raise ValueError(
-                f"the encoder {self.path!r} was not called with an image during the forward pass: "
-                "pass AEMIM(encoder=...) the dotted path of the module that is"
+                f"the encoder {self.path!r} was not called with an image during the forward pass: pass "
+                f"AEMIM(encoder=...) the dotted path of the module or method that is; {self._hint}"
+            )
+        if calls > 1:
+            raise ValueError(
+                f"the encoder {self.path!r} was called {calls} times in one forward pass: AEMIM attacks one "
+                "view and needs a clean target; give the target an encoder of its own"
             )
         return call
 
@@ -120,8 +130,7 @@ class EncoderTap:
 
     def sees_the_batch(self) -> bool:
         """Whether features depend on the other samples: batch normalization, in training mode."""
-        owner = getattr(self._encoder, "__self__", self._encoder)  # of a method
-        modules = owner.modules() if isinstance(owner, nn.Module) else ()
+        modules = self._module.modules() if self._module is not None else ()
         return any(module.training for module in modules if isinstance(module, _BatchNorm))
 
     @contextmanager
@@ -160,6 +169,8 @@ class EncoderTap:
             images, rng = self._injected
             rng.restore()
             return _replace_image(args, kwargs, self._slot(args, kwargs), images)
+        if self._recording and self._entered is None:
+            self._calls += 1
         if self._recording and self._call is None and self._entered is None:
             slot = self._slot(args, kwargs)
             args, kwargs = map_tensors((args, kwargs), Tensor.detach)
@@ -179,7 +190,7 @@ class EncoderTap:
                 "floating-point tensor: pass AEMIM(encoder=...) a module that returns features"
             )
         unchanged = rng == RngState.capture()
-        dim = feature_dim(self._encoder, features)
+        dim = feature_dim(self._module, features)
         self._call = EncoderCall(args, kwargs, slot, rng, features.detach(), dim, unchanged)
 
     def _call_method(self, method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -197,13 +208,13 @@ class EncoderTap:
         raise ValueError(
             f"the encoder {self.path!r} received no image, only ({', '.join(kinds)}): expected a "
             "floating-point tensor of shape (batch, channels, height, width) among its arguments; "
-            "pass AEMIM(encoder=...) the module that receives it"
+            f"pass AEMIM(encoder=...) the module or method that receives it; {self._hint}"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderTap:
         # A copied model (EMA, SWA) must not inject or record; its hooks point to an idle tap.
         copied = object.__new__(EncoderTap)
-        copied.__dict__ = self.__getstate__() | {"_encoder": None}
+        copied.__dict__ = self.__getstate__() | {"_encoder": None, "_module": None}
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

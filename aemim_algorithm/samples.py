@@ -26,25 +26,47 @@ def take_samples(value: Any, index: Tensor, size: int) -> Any:
 
     Returns:
         The same structure.
-    """
-    counts: list[Tensor] = []
 
-    def count(tensor: Tensor) -> None:
+    Raises:
+        ValueError: If it is not certain how a flat tensor belongs to the samples.
+    """
+    masks: list[Tensor] = []
+
+    def remember(tensor: Tensor) -> None:
         if tensor.dtype == torch.bool and tensor.ndim > 1 and tensor.shape[0] == size:
-            counts.append(tensor.flatten(1).sum(dim=1))
+            masks.append(tensor)
 
     def take(tensor: Tensor) -> Tensor:
-        if tensor.ndim > 0 and tensor.shape[0] == size:
-            return tensor[index.to(tensor.device)]
-        if tensor.ndim == 1:
-            for entries in counts:
-                if int(entries.sum()) == len(tensor):
-                    parts = tensor.split(entries.tolist())
-                    return torch.cat([parts[i] for i in index.tolist()])
-        return tensor
+        entries = _entries_of(tensor, masks) if tensor.ndim == 1 else None
+        if entries is not None:
+            parts = tensor.split(entries.tolist())
+            return torch.cat([parts[i] for i in index.tolist()])
+        batched = tensor.ndim > 0 and tensor.shape[0] == size
+        return tensor[index.to(tensor.device)] if batched else tensor
 
-    map_tensors(value, count)
+    map_tensors(value, remember)
     return map_tensors(value, take)
+
+
+def _entries_of(flat: Tensor, masks: list[Tensor]) -> Tensor | None:
+    """How many entries of a flat tensor each sample has, if that is what a mask counts."""
+    # Labels, one for each sample, are in nearly every batch: do not wait for a GPU because of them.
+    masks = [mask for mask in masks if len(flat) != len(mask) or not mask.is_cuda]
+    counts = [mask.flatten(1).sum(dim=1) for mask in masks]
+    fitting = [entries for entries in counts if int(entries.sum()) == len(flat)]
+    if not fitting or all(torch.equal(entries, torch.ones_like(entries)) for entries in fitting):
+        return None
+    if any(not torch.equal(entries, fitting[0]) for entries in fitting):
+        raise ValueError(
+            f"a flat tensor of {len(flat)} values could hold the entries of several masks in the batch: "
+            "give it a batch dimension"
+        )
+    if len(flat) == len(fitting[0]):
+        raise ValueError(
+            f"a flat tensor of {len(flat)} values could hold one for each sample or one for each true entry "
+            "of a mask in the batch: give it a batch dimension"
+        )
+    return fitting[0]
 
 
 def first_dimension(batch: object) -> int:

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from composer.core import State
-from composer.core.time import Time
+from composer.core.time import Time, TimeUnit
 from composer.optim import CosineAnnealingScheduler, LinearScheduler
 
 from aemim_algorithm.validation import require_number
@@ -52,14 +52,14 @@ class Schedule:
 
 def schedule_text(value: object) -> Any:
     """Composer's linear or cosine scheduler as a string; anything else as it is."""
-    if isinstance(value, LinearScheduler):
+    if type(value) is LinearScheduler:
         kind, start = "linear", value.alpha_i
-    elif isinstance(value, CosineAnnealingScheduler):
+    elif type(value) is CosineAnnealingScheduler:
         kind, start = "cosine", 1.0
     else:
         return value
     duration = value.t_max if isinstance(value.t_max, str) else value.t_max.to_timestring()
-    return f"{kind} {start:g}→{value.alpha_f:g} over {duration}"
+    return f"{kind} {float(start)}→{float(value.alpha_f)} over {duration}"
 
 
 def parse_schedule(
@@ -89,7 +89,8 @@ def parse_schedule(
         if match is None:
             raise ValueError
         start, end = float(match[2]), float(match[3])
-        if Time.from_timestring(match[4]).value <= 0:
+        duration = Time.from_timestring(match[4])
+        if duration.value <= 0 or duration.unit == TimeUnit.SECOND:
             raise ValueError
         schedule = Schedule(match[1], start, end, match[4])
     except ValueError:

@@ -14,11 +14,21 @@ from composer.models import ComposerModel
 from timm.layers import LayerNorm2d, RmsNorm2d
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ConvolutionalMIM", "MonolithicMIM", "SwinMIM", "conv_mim", "grn_mim", "monolith", "swin_mim"]
+__all__ = [
+    "ConvolutionalMIM",
+    "MonolithicMIM",
+    "SwinMIM",
+    "ViTMIM",
+    "conv_mim",
+    "grn_mim",
+    "monolith",
+    "swin_mim",
+    "vit_mim",
+]
 
 Norm = Callable[[int], nn.Module]
 
@@ -146,6 +156,23 @@ class SwinMIM(ComposerModel):
         return (outputs - batch[0]).abs().mean()
 
 
+class ViTMIM(ComposerModel):
+    """timm's ViT as it is, called by ``forward_features`` as its users do, on images with blank patches."""
+
+    def __init__(self, backbone: VisionTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.embed_dim, 48)
+
+    def forward(self, batch: Any) -> Tensor:
+        images, mask = batch
+        hidden = mask.view(-1, 1, 4, 4).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+        return self.head(self.backbone.forward_features(images.masked_fill(hidden, 0.0))[:, 1:])
+
+    def loss(self, outputs: Tensor, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return (outputs - F.pixel_unshuffle(batch[0], 4).flatten(2).mT).abs().mean()
+
+
 def conv_mim(name: str, norm: Norm, *, own_mask: bool = False) -> ConvolutionalMIM:
     """Two convolutions, each with a norm, and a norm in the head."""
     layers = [norm(8), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1), norm(8)]
@@ -158,6 +185,12 @@ def grn_mim(name: str) -> ConvolutionalMIM:
         ConvNeXtBlock(8, kernel_size=3, ls_init_value=None, use_grn=True, drop_path=0.1) for _ in range(2)
     ]
     return ConvolutionalMIM(name, MaskedConvNet(8, *blocks, LayerNorm2d(8)), _head(8, LayerNorm2d))
+
+
+def vit_mim() -> ViTMIM:
+    """One block."""
+    sizes = {"embed_dim": 16, "depth": 1, "num_heads": 2, "drop_path_rate": 0.1}
+    return ViTMIM(VisionTransformer(img_size=16, patch_size=4, num_classes=0, global_pool="", **sizes))
 
 
 def swin_mim() -> SwinMIM:

@@ -222,10 +222,17 @@ SETTINGS: tuple[Setting, ...] = (
         feature_dim=1,
     ),
     Setting(
+        "timm `VisionTransformer`, called by `forward_features`",
+        foreign.vit_mim,
+        images_and_masks,
+        "backbone.forward_features",
+        class_token=True,
+    ),
+    Setting(
         "timm `SwinTransformer`, features (batch, height, width, channels)",
         foreign.swin_mim,
         images_and_masks,
-        "backbone",
+        "backbone.forward_features",
         indivisible="its head has batch statistics, those of a micro-batch",
     ),
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_mae
 from timm.layers import LayerNorm2d, RmsNorm
+from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 from aemim_algorithm import adversarial_mode, apply_adapters, remove_adapters
@@ -190,3 +191,17 @@ def test_nothing_to_adapt_is_an_error(adapter: str, missing: str) -> None:
 def test_unknown_adapter_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'norm'"):
         apply_adapters(tiny_mae(), "norms")
+
+
+def test_a_projection_is_no_norm_whatever_its_name() -> None:
+    class NormedLinear(nn.Linear):
+        """A leaf with parameters."""
+
+    class NormalizedProjection(nn.Linear):
+        """Likewise."""
+
+    model = nn.Sequential(
+        NormedLinear(4, 4), NormalizedProjection(4, 4), nn.LayerNorm(4), GlobalResponseNorm(4)
+    )
+    assert apply_adapters(model) == 2
+    assert not any(hasattr(model[i], "adversarial") for i in (0, 1))

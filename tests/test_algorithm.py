@@ -13,9 +13,10 @@ from composer import Trainer
 from composer.core import Algorithm, Event, State
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
-from conftest import clean_part, fit, loader, normalised_images, perturb, tiny_mae
+from conftest import assert_same, clean_part, fit, loader, normalised_images, perturb, tiny_mae
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import aemim_algorithm
@@ -297,6 +298,44 @@ def test_the_reference_of_a_share_has_the_statistics_of_that_share() -> None:
     assert model.encoder[1].num_batches_tracked == 1  # of the clean pass alone
 
 
+class HeadInLoss(MAE):
+    """A normalization layer, a running centre and dropout that act in ``loss``."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.head = nn.Sequential(nn.Linear(48, 4), nn.BatchNorm1d(4), nn.Dropout(0.2))
+        self.register_buffer("center", torch.zeros(4))
+
+    def loss(self, outputs: Any, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        projected = self.head(outputs["prediction"].flatten(0, 1))
+        self.center.mul_(0.9).add_(projected.detach().mean(0), alpha=0.1)
+        return super().loss(outputs, batch) + (projected - self.center).square().mean()
+
+
+def test_the_loss_of_a_branch_uses_its_adapters_and_leaves_the_other_ones_buffers() -> None:
+    aemim = AEMIM(loss_ratio=1.0)
+    baseline, attacked = tiny_mae(kind=HeadInLoss), perturbed(aemim, tiny_mae(kind=HeadInLoss))
+    fit(baseline)
+    fit(attacked, aemim)
+    assert_same(clean_part(attacked.state_dict()), baseline.state_dict())
+    aemim = AEMIM(loss_ratio=0.0)
+    model = perturbed(aemim, tiny_mae(kind=HeadInLoss))
+    model.train()
+    aemim.training_loss(model, normalised_images(8), step=0)["total"].backward()
+    norm = model.head[1]
+    assert norm.weight.grad is None or not norm.weight.grad.any()
+    assert norm.adversarial.weight.grad.any()
+
+
+def test_what_a_loss_draws_is_the_same_for_both_branches() -> None:
+    aemim, model = AEMIM(epsilon=0, adapter="none"), tiny_mae(kind=HeadInLoss)
+    model.loss = lambda outputs, batch: F.dropout(outputs["prediction"], 0.5).square().mean()  # type: ignore[method-assign]
+    spy = Spy(aemim)
+    fit(model, aemim, spy)
+    for losses in [*spy.losses, aemim.training_loss(model, normalised_images(8), step=0)]:
+        assert torch.allclose(losses["adversarial"], losses["clean"], rtol=1e-6)
+
+
 def test_logs_losses_distances_and_perturbation() -> None:
     logger = InMemoryLogger()
     fit(tiny_mae(), AEMIM(), loggers=[logger], micro=4)
@@ -318,7 +357,7 @@ def test_evaluation_and_prediction_are_not_its_business() -> None:
     aemim = AEMIM()
     assert {event for event in Event if aemim.match(event, None)} == {  # type: ignore[arg-type]
         Event.INIT, Event.BATCH_START, Event.BEFORE_TRAIN_BATCH, Event.BEFORE_FORWARD,
-        Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH, Event.EPOCH_CHECKPOINT,
+        Event.AFTER_FORWARD, Event.BEFORE_LOSS, Event.AFTER_LOSS, Event.AFTER_TRAIN_BATCH, Event.EPOCH_CHECKPOINT,
     }  # fmt: skip
 
 
@@ -460,6 +499,44 @@ class Classifier(ComposerModel):
 
     def loss(self, outputs: Tensor, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         return nn.functional.cross_entropy(outputs, batch[1] % 2)
+
+
+def test_other_adapters_than_the_models_own_are_refused() -> None:
+    model = tiny_mae()
+    AEMIM().attach(model)
+    AEMIM(epsilon=1.0).attach(model)
+    for adapter in ("none", "cls_token", "both"):
+        before = list(model.state_dict())
+        with pytest.raises(ValueError, match=f"adapter='{adapter}'.* has adapters of another kind"):
+            AEMIM(adapter=adapter).attach(model)
+        assert list(model.state_dict()) == before
+
+
+class TwoViews(MAE):
+    """Its encoder is called twice in a forward: for a target, and for the prediction."""
+
+    target_first = True
+
+    def forward(self, batch: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+        if self.target_first:
+            self.target(batch)
+        outputs = super().forward(batch, mask)
+        if not self.target_first:
+            self.target(batch)
+        return outputs
+
+    def target(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            return self.encoder(batch[0])
+
+
+@pytest.mark.parametrize("target_first", [True, False])
+def test_an_encoder_that_is_called_twice_is_refused(target_first: bool) -> None:
+    """The attack would hit the target, or the target would come from the adversarial adapters."""
+    model = tiny_mae(kind=TwoViews)
+    model.target_first = target_first
+    with pytest.raises(ValueError, match="the encoder 'encoder' was called 2 times in one forward pass"):
+        fit(model, AEMIM())
 
 
 def test_bad_models_get_one_clear_line_at_init() -> None:

@@ -113,3 +113,22 @@ def test_a_saved_algorithm_that_cannot_be_read_is_compared_with_nothing() -> Non
     assert argument_differences("AEMIM(epsilon=print())", {"epsilon": 1}) == []
     assert argument_differences("", {"epsilon": 1}) == []
     assert argument_differences("AEMIM(mean=(1.0, 2.0))", {"mean": (1.0, 2.0), "std": 3}) == []
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_part_of_a_checkpoint_can_be_loaded(adapted: bool) -> None:
+    model, source = tiny_mae(), tiny_mae(seed=3)
+    AEMIM().attach(model)
+    if adapted:
+        AEMIM().attach(source)
+        perturb(source)
+    encoder = {name: value for name, value in source.state_dict().items() if name.startswith("encoder.")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if not adapted else "error")
+        result = model.load_state_dict(encoder, strict=False)
+    assert not result.unexpected_keys
+    assert all(name.startswith("decoder.") for name in result.missing_keys)
+    loaded = {name: value for name, value in model.state_dict().items() if name in encoder}
+    assert_same(loaded, encoder)
+    norm = model.encoder.norm
+    assert adapted != torch.equal(norm.adversarial.weight, norm.weight)

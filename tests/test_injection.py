@@ -139,5 +139,22 @@ def test_the_dimension_of_the_features() -> None:
     assert feature_dim(nn.Sequential(swin), output) == -1  # by the width of its norms
     assert feature_dim(nn.Sequential(nn.Conv2d(3, 8, 1), LayerNorm2d(8)), torch.zeros(1, 8, 4, 4)) == 1
     assert feature_dim(nn.Conv2d(3, 8, 1), torch.zeros(1, 8, 4, 4)) == 1
-    assert feature_dim(swin.forward_features, output) == 1  # a method has nothing to ask
     assert feature_dim(nn.Linear(1, 1), torch.zeros(1, 5, 7)) == -1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_method_answers_for_its_owner(times: int, images: Tensor) -> None:
+    """Its maps are those of its module, and so are its batch statistics; however often it was tapped."""
+    swin = SwinTransformer(
+        img_size=16, window_size=2, patch_size=2, embed_dim=12, depths=(1, 1), num_heads=(2, 2)
+    )
+    swin.bn = nn.BatchNorm2d(1)
+    model = nn.ModuleDict({"net": swin})
+    taps = [EncoderTap(model, "net.forward_features") for _ in range(times)]
+    for tap in taps:
+        tap.start()
+        swin(images)
+        assert tap.stop().feature_dim == -1
+        assert tap.sees_the_batch()
+    swin.eval()
+    assert not taps[-1].sees_the_batch()

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import normalised_images, tiny_mae
+from conftest import normalised_images, perturb, tiny_mae
+from settings import Setting, every_setting, without_randomness
 from torch import Tensor, nn
 
 from aemim_algorithm import AEMIM
@@ -107,3 +108,20 @@ def test_float16_training_moves_every_adapter(dtype: torch.dtype) -> None:
     (losses["total"] * 2**10).backward()
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     assert all(parameter.grad.any() for norm in norms for parameter in norm.parameters(recurse=False))
+
+
+@every_setting
+def test_autocast_leaves_every_parameter_its_gradient(setting: Setting) -> None:
+    """Autocast keeps weights that it has cast: a reference pass without gradient must not be their origin."""
+
+    def trained(enabled: bool) -> set[str]:
+        aemim = AEMIM(loss_ratio=0.0, adversarial_ratio=0.25, steps=1, **setting.arguments)
+        model = without_randomness(setting.build())
+        aemim.attach(model)
+        perturb(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = aemim.training_loss(model, setting.batch(0), step=0)["total"]
+        loss.backward()
+        return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    assert trained(True) == trained(False)

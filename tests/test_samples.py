@@ -6,6 +6,7 @@ from collections import UserDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -55,3 +56,19 @@ def test_labels_of_hidden_patches_are_cut_as_their_mask_is() -> None:
     # What the cut labels stand for is what they stood for.
     codes = torch.tensor([[10, 11, 12], [20, 21, 22], [30, 31, 32], [40, 41, 42]])
     assert torch.equal(taken["labels"], codes[[0, 2]][taken["bool_masked_pos"]])
+
+
+def test_labels_that_could_be_of_two_kinds_are_refused() -> None:
+    index = torch.tensor([0])
+    as_many = {"labels": torch.arange(2), "mask": torch.tensor([[True, True], [False, False]])}
+    with pytest.raises(ValueError, match="one for each sample or one for each true entry"):
+        take_samples(as_many, index, 2)
+    two = {
+        "labels": torch.arange(3),
+        "one": torch.tensor([[True, False], [True, True]]),
+        "other": torch.tensor([[True, True], [True, False]]),
+    }
+    with pytest.raises(ValueError, match="entries of several masks"):
+        take_samples(two, index, 2)
+    same = {"labels": torch.arange(2), "mask": torch.tensor([[True, False], [False, True]])}
+    assert take_samples(same, index, 2)["labels"].tolist() == [0]

@@ -29,6 +29,12 @@ def test_epsilon_grows_and_the_attack_uses_it() -> None:
     assert logged(aemim, "aemim/perturbation_linf") == pytest.approx(expected, abs=1e-4)
 
 
+def test_epochs_are_counted_in_batches() -> None:
+    """Four batches an epoch."""
+    values = logged(AEMIM(epsilon="linear 0→2 over 2ep"), "aemim/epsilon", "3ep")
+    assert values == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2, 2, 2])
+
+
 def test_loss_ratio_follows_a_cosine() -> None:
     logger = InMemoryLogger()
     aemim = AEMIM(loss_ratio="cosine 1 -> 0.5 over 4ba")
@@ -62,10 +68,17 @@ def test_the_share_of_adversarial_samples_grows(micro: int) -> None:
 
 
 def test_a_schedule_of_composers_is_the_same_as_its_text() -> None:
-    assert AEMIM(epsilon=LinearScheduler(0.0, 2.0, "0.1dur")) == AEMIM(epsilon="linear 0→2 over 0.1dur")
+    assert AEMIM(epsilon=LinearScheduler(0.0, 2.0, "0.1dur")) == AEMIM(epsilon="linear 0.0→2.0 over 0.1dur")
     assert AEMIM(loss_ratio=CosineAnnealingScheduler("20ep", 0.5)) == AEMIM(
-        loss_ratio="cosine 1→0.5 over 20ep"
+        loss_ratio="cosine 1.0→0.5 over 20ep"
     )
+    assert AEMIM(epsilon=LinearScheduler(0.1234567, 2.0, "1ep")).epsilon == "linear 0.1234567→2.0 over 1ep"
+
+    class Bent(LinearScheduler):
+        """No linear one, though a subclass."""
+
+    with pytest.raises(ValueError, match="epsilon=.*expected a number"):
+        AEMIM(epsilon=Bent(0.0, 2.0))
     aemim = AEMIM(epsilon=LinearScheduler(0.0, 2.0, "0.1dur"))
     assert eval(repr(aemim)) == aemim
 
@@ -96,6 +109,7 @@ def test_a_constant_is_not_logged() -> None:
         ("epsilon", "linear 0→2", "nor a schedule such as"),
         ("epsilon", "linear 0→2 over soon", "nor a schedule such as"),
         ("epsilon", "linear 0→2 over 0ba", "nor a schedule such as"),
+        ("epsilon", "linear 0→2 over 30sec", "nor a schedule such as"),
         ("epsilon", "linear a→2 over 1ep", "nor a schedule such as"),
         ("epsilon", "quadratic 0→2 over 1ep", "nor a schedule such as"),
         (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from conftest import tiny_mae
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from aemim_algorithm.adapters import apply_adapters
 from aemim_algorithm.search import find_encoder, resolve_encoder
 
 
@@ -52,6 +54,40 @@ def test_finds_the_one_submodule_that_images_can_enter(model: nn.Module, path: s
     assert find_encoder(model) == path
 
 
+def test_a_frozen_teacher_is_no_encoder_whatever_its_name() -> None:
+    teacher = network().requires_grad_(False)
+    assert find_encoder(Model(encoder=teacher, student=network(), head=nn.Linear(4, 2))) == "student"
+
+
+def test_a_frozen_stem_belongs_to_its_trainable_encoder() -> None:
+    """As MoCo v3 freezes the patch embedding; a convolution that polishes the output receives images, too."""
+    backbone = network()
+    backbone[0].requires_grad_(False)
+    assert find_encoder(Model(backbone=backbone, decoder=nn.Linear(4, 2))) == "backbone"
+    with pytest.raises(ValueError, match="images can enter several submodules"):
+        find_encoder(Model(backbone=backbone, decoder=nn.Linear(4, 2), refine=conv()))
+
+
+@pytest.mark.parametrize("name", ["stem", "patch_embed", "embeddings"])
+def test_a_stem_of_several_layers_is_no_encoder(name: str) -> None:
+    model = Model(**{name: nn.Sequential(conv(), conv(4))}, blocks=nn.Linear(4, 4), head=nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=f"images enter at '{name}', which embeds patches only"):
+        find_encoder(model)
+    inside = Model(net=model)
+    with pytest.raises(ValueError, match=f"images enter at 'net.{name}', which embeds patches only"):
+        find_encoder(inside)
+
+
+@pytest.mark.parametrize("name", ["encoder", "backbone"])
+def test_timms_models_are_tapped_at_forward_features(name: str) -> None:
+    """Their forward calls it, and many a model calls it directly."""
+    vit = VisionTransformer(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=0)
+    model = Model(**{name: vit}, head=nn.Linear(8, 2))
+    assert find_encoder(model) == f"{name}.forward_features"
+    apply_adapters(model, "both")
+    assert find_encoder(model) == f"{name}.forward_features"
+
+
 def test_tokens_beside_the_encoder_make_it_no_mere_wrapper() -> None:
     model = Model(outer=Model(backbone=network()))
     model.outer.register_parameter("mask_token", nn.Parameter(nn.Linear(1, 1).weight.detach()))
@@ -62,10 +98,10 @@ def test_tokens_beside_the_encoder_make_it_no_mere_wrapper() -> None:
     ("model", "reason"),
     [
         (Model(stem=conv(), head=nn.Linear(4, 2)), "images enter at 'stem', which embeds patches only"),
-        (Model(one=network(), two=network()), r"can enter several submodules \(one.0, two.0\)"),
-        (Model(net=nn.Linear(3, 4)), "no trainable convolution takes images of 3 channels"),
-        (Model(net=network(1), head=nn.Linear(4, 2)), "no trainable convolution takes images of 3 channels"),
-        (conv(), "images enter at '', which is no encoder but a single layer"),
+        (Model(one=network(), two=network()), r"can enter several submodules \(one, two\)"),
+        (Model(net=nn.Linear(3, 4)), "no convolution takes images of 3 channels"),
+        (Model(net=network(1), head=nn.Linear(4, 2)), "no convolution takes images of 3 channels"),
+        (Model(net=conv()), "images enter at 'net', which is no encoder but a single layer"),
     ],
 )
 def test_a_model_without_encoder_is_told_what_was_searched(model: nn.Module, reason: str) -> None:
