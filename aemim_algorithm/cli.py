@@ -134,17 +134,21 @@ def export(
 @app.command("import")
 def import_(
     checkpoint: Annotated[
-        Path, typer.Argument(help="published MAE weights: a file, or a Hugging Face folder")
+        Path,
+        typer.Argument(help="published MAE weights, file or Hugging Face folder; or a Composer checkpoint"),
     ],
     out: Annotated[Path, typer.Argument(help="file to write, for init_from= of a recipe")],
     model: Annotated[
         str | None, typer.Option(help="recipe or name of the model that is to start from them, to check them")
     ] = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="read a pickle of more than tensors, which can run code")
+        bool,
+        typer.Option(
+            "--trust", help="read a pickle of more than tensors (as Composer's), which can run code"
+        ),
     ] = False,
 ) -> None:
-    """Turn published MAE weights into a starting point for pre-training."""
+    """Turn published MAE weights, or an earlier run's, into a starting point for pre-training."""
     from aemim_algorithm.exchange.architecture import architecture
     from aemim_algorithm.exchange.importing import import_checkpoint
 

@@ -79,6 +79,9 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model.mask_ratio=1.5", "model: mask_ratio=1.5 leaves"),
         ("model.embed_dim=33", "model: "),
         ("model.image_size=15", "model: "),
+        ("model.num_heads=0", "model: "),
+        ("model.decoder_heads=0", "model: "),
+        ("model.patch_size=0", "model: "),
         ("algorithms.aemim.encoder=foo", "encoder='foo' names nothing in MAE"),
         ("seed=-1", "seed=-1: expected"),
         ("save_interval=0ep", "save_interval=0ep: expected"),
@@ -259,6 +262,10 @@ def test_export_without_a_recipe_asks_for_the_model(aemim: Command, checkpoint: 
         code, _, err = aemim("export", lone, "f.pt", *size, "--model", model)
         assert code == 2
         assert said in err
+    code, _, err = aemim("export", lone, "f.pt", *size, "--model", "beit_vit_tiny_patch4")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "model.tokenizer has no value: BEiT needs one; name the run's recipe.yaml instead" in err
     assert not Path("f.pt").exists()
 
 
@@ -281,6 +288,20 @@ def test_what_was_exported_can_be_imported(aemim: Command, checkpoint: Path) -> 
     assert err.count("\n") == 1
     assert "cls_token: got (1, 1, 32), expected (1, 1, 192)" in err
     assert not Path("other.pt").exists()
+
+
+def test_a_run_is_the_start_of_another(aemim: Command, checkpoint: Path, recipe: Path, images: Path) -> None:
+    arguments = ("pretrain", recipe, f"data.source={images}", "data.workers=0", "run_name=second")
+    code, _, err = aemim(*arguments, f"init_from={checkpoint}")
+    assert code == 2
+    assert "is no starting point: run `aemim import` first" in err
+    imported = ("import", checkpoint, "start.pt", "--model", checkpoint.parent / "recipe.yaml")
+    code, _, err = aemim(*imported)
+    assert code == 1
+    assert "allow it with --trust" in err
+    assert aemim(*imported, "--trust")[0] == 0
+    code, _, err = aemim(*arguments, "init_from=start.pt")
+    assert code == 0, err
 
 
 def test_a_run_that_fails_is_one_line_and_code_1(aemim: Command, recipe: Path, images: Path) -> None:

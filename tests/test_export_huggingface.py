@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import normalised_images, tiny_mae
-from test_export import small_simmim, trained_looking
+from test_export import plain, small_simmim, trained_looking
 from torch import nn
 
 from aemim_algorithm.adapters import adversarial_mode
@@ -111,12 +111,20 @@ def test_another_size_stands_in_the_config(tmp_path: Path) -> None:
     loaded("SwinModel", tmp_path / "swin", add_pooling_layer=False)(torch.randn(1, 3, 64, 32))
 
 
+def swin(**options: Any) -> nn.Module:
+    """A model whose encoder is timm's own Swin: ours refuse windows that do not divide their patches."""
+    return nn.ModuleDict({"encoder": plain("swin", **options)})
+
+
 @pytest.mark.parametrize(
     ("model", "decoder", "message"),
     [
         (tiny_mae(image_size=(16, 24)), True, "MAE of 4x6 patches; .* square images only: leave out --decoder"),
         (small_simmim("swin"), True, "the decoder lacks mask_token, pos_embed, .* expected that of a MAE"),
-        (small_simmim("swin", window_size=8), False, r"window of 4x4 .* beside 8; SwinModel has one square"),
+        (small_simmim("swin", window_size=8), False, r"stage of 4x4 patches and windows of 8; SwinModel pads"),
+        (swin(img_size=56), False, "stage of 14x14 patches and windows of 4; .* or to timm"),
+        (swin(img_size=64, window_size=3), False, "stage of 16x16 patches and windows of 3"),
+        (swin(window_size=(4, 2)), False, "window of 4x2 .* SwinModel has one square"),
         (small_simmim("swin", image_size=(32, 64)), False, r"shift \(0, 2\)"),
         (nn.ModuleDict({"encoder": nn.Linear(2, 2)}), False, "got Linear as the encoder of ModuleDict"),
     ],
@@ -126,6 +134,21 @@ def test_what_cannot_be_expressed_there_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         export_encoder(model, tmp_path / "out", format="huggingface", decoder=decoder)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_that_does_not_fit_another_size_is_refused(tmp_path: Path) -> None:
+    model, options = small_simmim("swin"), {"format": "huggingface", "image_size": 48}
+    with pytest.raises(ValueError, match="stage of 6x6 patches and windows of 4; .* --window-size"):
+        export_encoder(model, tmp_path / "out", **options)
+    export_encoder(model, tmp_path / "out", window_size=3, **options)
+
+
+def test_the_decoder_of_another_model_is_refused(tmp_path: Path) -> None:
+    mae, named = tiny_mae(), small_simmim("vit", image_size=16, patch_size=4)
+    with pytest.raises(ValueError, match="got SimMIM, whose decoder has no blocks; expected a MAE") as caught:
+        export_encoder(mae.state_dict(), tmp_path / "out", format="huggingface", decoder=True, model=named)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import normalised_images, tiny_mae
+from composer.core import Time
+from conftest import assert_same, normalised_images, tiny_mae
 from test_export import small_simmim, trained_looking
 from torch import Tensor
 
 from aemim_algorithm.exchange.importing import import_checkpoint, load_start
 from aemim_algorithm.export import export_encoder
-from aemim_algorithm.models import MAE
+from aemim_algorithm.models import MAE, MODELS
 
 # The names of mae_pretrain_vit_base.pth, of a model with two blocks …
 ENCODER = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"} | {
@@ -102,6 +103,57 @@ def test_a_hugging_face_folder_comes_back_bit_by_bit(whole: bool, tmp_path: Path
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 4}))
     with pytest.raises(ValueError, match="num_attention_heads: got 4, expected 2"):
         import_checkpoint(tmp_path / "hf", tmp_path / "start.pt", model=fresh)
+
+
+def composer_checkpoint(model: Any, path: Path) -> Path:
+    """What Composer's file holds of a model, beside a timestamp that is no tensor."""
+    torch.save({"state": {"model": model.state_dict(), "timestamp": Time(3, "ba")}, "rng": []}, path)
+    return path
+
+
+@pytest.mark.parametrize("adapter", ["norm", "cls_token"])
+def test_a_run_that_composer_saved_is_a_start_without_its_copies(adapter: str, tmp_path: Path) -> None:
+    model, fresh = trained_looking(tiny_mae(), adapter), tiny_mae(seed=1)
+    source = composer_checkpoint(model, tmp_path / "ep1-rank0.pt")
+    with pytest.raises(ValueError, match=r"holds more than tensors .*--trust"):
+        import_checkpoint(source, tmp_path / "start.pt", model=fresh)
+    state = import_checkpoint(source, tmp_path / "start.pt", model=fresh, trust=True)
+    expected = clean_state(model)
+    assert_same(state, expected)
+    assert len(model.state_dict()) > len(expected)  # else no copy would have been there to drop
+    assert load_start(fresh, tmp_path / "start.pt") == ["encoder", "decoder"]
+    assert_same(fresh.state_dict(), expected)
+    with pytest.raises(ValueError, match="fit MaskedViT: blocks.2.norm1.weight: got nothing"):
+        import_checkpoint(source, tmp_path / "o.pt", model=tiny_mae(depth=3), trust=True)
+
+
+def test_a_start_of_another_method_comes_from_composer_as_well(tmp_path: Path) -> None:
+    model = trained_looking(small_simmim("swin"))
+    source = composer_checkpoint(model, tmp_path / "ep1-rank0.pt")
+    import_checkpoint(source, tmp_path / "start.pt", trust=True)
+    fresh = small_simmim("swin")
+    load_start(fresh, tmp_path / "start.pt")
+    assert_same(fresh.state_dict(), clean_state(model))
+    with pytest.raises(ValueError, match="fit MaskedViT: cls_token: got nothing"):
+        import_checkpoint(source, tmp_path / "o.pt", model=tiny_mae(), trust=True)
+
+
+def test_a_checkpoint_is_no_start_before_it_is_imported(tmp_path: Path) -> None:
+    source = composer_checkpoint(tiny_mae(), tmp_path / "latest-rank0.pt")
+    with pytest.raises(ValueError, match="cannot start from .*run `aemim import` first") as caught:
+        load_start(tiny_mae(), source)
+    assert "trust" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["simmim_vit_tiny_patch4", "dvae_tiny_patch4"])
+def test_weights_of_a_mae_are_refused_for_another_method(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    export_encoder(trained(), tmp_path / "hf", format="huggingface", decoder=True)
+    with pytest.raises(ValueError, match="cannot import .*hf: its encoder does not fit") as caught:
+        import_checkpoint(tmp_path / "hf", tmp_path / "start.pt", model=MODELS[name]())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "start.pt").exists()
 
 
 def test_adapters_added_afterwards_start_equal(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def architecture(named: str | None, checkpoint: Path | None = None) -> ComposerM
         RecipeError: If the name is unknown, or the recipe's model cannot be built.
     """
     if named is not None and named in MODELS:
-        return MODELS[named]()
+        return _of_name(named)
     beside = checkpoint.parent / "recipe.yaml" if checkpoint is not None else None
     path = Path(named) if named else beside
     if path is None or (named is None and not path.is_file()):
@@ -40,6 +40,14 @@ def architecture(named: str | None, checkpoint: Path | None = None) -> ComposerM
             f"model={named}: expected a recipe (.yaml) or a model; {known_names(str(named), MODELS)}"
         )
     return _of_recipe(path)
+
+
+def _of_name(name: str) -> ComposerModel:
+    """A model that needs no more than its name."""
+    try:
+        return MODELS[name](**check_options(MODELS[name], {}, key="model"))
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}; name the run's recipe.yaml instead") from error
 
 
 def _of_recipe(path: Path) -> ComposerModel:

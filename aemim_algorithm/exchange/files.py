@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "UntrustedError",
     "few",
     "model_state",
     "read_weights",
@@ -30,6 +31,10 @@ StateDict = dict[str, Tensor]
 
 # What Hugging Face calls the weights in a folder, the safer one first.
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+class UntrustedError(ValueError):
+    """A file that can only be read by running what it says, and nobody has allowed that."""
 
 
 def model_state(source: str | Path | Mapping[str, Tensor] | nn.Module) -> Mapping[str, Tensor]:
@@ -60,14 +65,16 @@ def model_state(source: str | Path | Mapping[str, Tensor] | nn.Module) -> Mappin
 
 
 def read_weights(path: str | Path, *, trust: bool = False) -> StateDict:
-    """Read published weights: a file of tensors, bare or under ``model``, or a Hugging Face folder.
+    """Read weights: a file of tensors, bare or under ``model``, a Hugging Face folder, Composer's checkpoint.
 
     Args:
         path: ``.pth`` or ``.pt`` as torch writes it, ``.safetensors``, or a folder with one of them.
-        trust: Whether a pickle may hold more than tensors. **Reading such a file can run code.**
+        trust: Whether a pickle may hold more than tensors, as Composer's always do. **Reading such a file
+            can run code.**
 
     Raises:
-        ValueError: If there are no weights, or the file needs trust that was not given.
+        UntrustedError: If the file needs trust that was not given.
+        ValueError: If there are no weights.
     """
     path = Path(path)
     if path.is_dir():
@@ -79,6 +86,8 @@ def read_weights(path: str | Path, *, trust: bool = False) -> StateDict:
         raise ValueError(f"cannot import {path}: no such file; expected weights as a file or a folder")
     content = _read(path, trust=trust)
     state = content.get("model", content) if isinstance(content, Mapping) else None
+    if isinstance(state, Mapping) and isinstance(state.get("state"), Mapping):
+        state = state["state"].get("model")  # Composer's own place for it
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
             f"cannot import {path}: it holds no state dict; expected named tensors, bare or under 'model'"
@@ -204,7 +213,7 @@ def _read(path: Path, *, trust: bool) -> Any:
     except Exception as error:  # a file that is none can make the unpickler raise anything
         other = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and other:
-            raise ValueError(
+            raise UntrustedError(
                 f"cannot import {path}: it holds more than tensors ({other[1]}), and reading that can run "
                 "code; if you trust who made it, allow it with --trust (trust=True)"
             ) from error

@@ -98,7 +98,12 @@ def _vit_options(encoder: Any) -> dict[str, Any]:
 
 
 def _decoder_options(model: Any) -> dict[str, Any]:
-    blocks = model.decoder.blocks
+    blocks = getattr(model.decoder, "blocks", None)
+    if blocks is None:
+        raise ValueError(
+            f"got {type(model).__name__}, whose decoder has no blocks; expected a MAE: name the model that "
+            "the checkpoint is of, or leave out --decoder"
+        )
     return {
         "decoder_hidden_size": model.decoder.pos_embed.shape[-1],
         "decoder_num_hidden_layers": len(blocks),
@@ -111,20 +116,28 @@ def _decoder_options(model: Any) -> dict[str, Any]:
 
 def _swin_options(encoder: Any) -> dict[str, Any]:
     blocks = [block for stage in encoder.layers for block in stage.blocks]
+    window = window_of(encoder)
+    padded = [block for block in blocks if any(side % window for side in block.input_resolution)]
+    if padded:  # timm shifts, then pads; Hugging Face pads, then shifts
+        rows, columns = padded[0].input_resolution
+        raise ValueError(
+            f"got a Swin with a stage of {rows}x{columns} patches and windows of {window}; SwinModel pads it "
+            "in another way: export at another --image-size or --window-size, or to timm"
+        )
     # Hugging Face has one window for all stages, and shifts both axes or none.
-    odd = [b for b in blocks if set(b.window_size) != {window_of(encoder)} or len(set(b.shift_size)) > 1]
+    odd = [b for b in blocks if set(b.window_size) != {window} or len(set(b.shift_size)) > 1]
     if odd:
         size = odd[0].window_size
         raise ValueError(
             f"got a Swin with a window of {size[0]}x{size[1]} (shift {odd[0].shift_size}) beside "
-            f"{window_of(encoder)}; SwinModel has one square window: export at another --image-size or "
+            f"{window}; SwinModel has one square window: export at another --image-size or "
             "--window-size, or to timm"
         )
     return _common_options(encoder) | {
         "embed_dim": encoder.embed_dim,
         "depths": [len(stage.blocks) for stage in encoder.layers],
         "num_heads": [stage.blocks[0].attn.num_heads for stage in encoder.layers],
-        "window_size": window_of(encoder),
+        "window_size": window,
         "mlp_ratio": blocks[0].mlp.fc1.out_features / blocks[0].mlp.fc1.in_features,
         "drop_path_rate": 0.0,
     }

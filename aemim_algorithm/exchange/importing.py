@@ -1,14 +1,15 @@
-"""Published MAE weights as a starting point for pre-training."""
+"""Published MAE weights, or those of an earlier run, as a starting point for pre-training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from aemim_algorithm.exchange.files import (
+    UntrustedError,
     read_weights,
     require_file_name,
     require_fit,
@@ -22,6 +23,7 @@ from aemim_algorithm.exchange.layouts import (
     mae_parameters,
     read_layout,
 )
+from aemim_algorithm.exchange.trained import clean_part
 
 __all__ = ["PARTS", "import_checkpoint", "load_start", "require_start"]
 
@@ -33,16 +35,17 @@ PARTS = ("encoder", "decoder")
 def import_checkpoint(
     source: str | Path, out: str | Path, *, model: nn.Module | None = None, trust: bool = False
 ) -> StateDict:
-    """Turn published MAE weights into a state dict by our names, for :func:`load_start`.
+    """Turn weights into a state dict by our names, for :func:`load_start`.
 
     Read are the names of the original MAE checkpoints (``mae_pretrain_vit_base.pth``, the encoder
-    alone, or with the decoder), and Hugging Face's folders of a ViT or a ViTMAE. Without a decoder in
-    the file there is none in the result.
+    alone, or with the decoder), Hugging Face's folders of a ViT or a ViTMAE, and with ``trust`` the
+    checkpoints that Composer saves of any model of this package, whose adversarial copies are dropped.
+    Without a decoder in the file there is none in the result.
 
     Args:
         source: File or folder.
         out: The file to write.
-        model: The MAE that is to start from them, to check names and shapes against; never changed.
+        model: The model that is to start from them, to check names and shapes against; never changed.
         trust: Whether a pickle may hold more than tensors. **Reading such a file can run code.**
 
     Returns:
@@ -54,14 +57,11 @@ def import_checkpoint(
     """
     require_file_name(Path(out))
     theirs = read_weights(source, trust=trust)
-    layout, decoder = _layout_of(theirs)
     try:
-        depth = _depth(theirs, layout, "encoder")
-        decoder_depth = _depth(theirs, layout, "decoder") if decoder else None
-        state = read_layout(theirs, layout, mae_parameters(depth, decoder_depth))
+        state = _own(theirs) or _renamed(theirs)
         if model is not None:
-            _require_heads(Path(source), model, decoder=decoder)
-            _load_parts(model, state, change=False)
+            parts = _load_parts(model, state, change=False)
+            _require_heads(Path(source), model, parts)
     except ValueError as error:
         raise ValueError(f"cannot import {source}: {error}") from error
     write_file({name: value.contiguous().clone() for name, value in state.items()}, Path(out))
@@ -69,7 +69,7 @@ def import_checkpoint(
 
 
 def load_start(model: nn.Module, path: str | Path) -> list[str]:
-    """Start a MAE from a file that :func:`import_checkpoint` wrote; before adapters are added.
+    """Start a model from a file that :func:`import_checkpoint` wrote; before adapters are added.
 
     Args:
         model: Changed in place. A decoder that the file does not hold keeps its initialisation.
@@ -92,6 +92,11 @@ def require_start(model: nn.Module, path: str | Path) -> list[str]:
 def _start(model: nn.Module, path: str | Path, *, change: bool) -> list[str]:
     try:
         return _load_parts(model, read_weights(path), change=change)
+    except UntrustedError as error:
+        raise ValueError(
+            f"cannot start from {path}: a Composer checkpoint or another pickle is no starting point: "
+            "run `aemim import` first"
+        ) from error
     except ValueError as error:
         raise ValueError(f"cannot start from {path}: {error}") from error
 
@@ -119,6 +124,22 @@ def _part(state: Mapping[str, Tensor], part: str) -> StateDict:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
+def _own(state: Mapping[str, Tensor]) -> StateDict:
+    """The clean encoder and decoder of a model of this package; nothing if these are other names."""
+    parts = [part for part in PARTS if any(name.startswith(f"{part}.") for name in state)]
+    if "encoder" not in parts or _layout_of(state)[0] is not mae_layout:
+        return {}
+    return {f"{part}.{name}": value for part in parts for name, value in clean_part(state, part).items()}
+
+
+def _renamed(theirs: Mapping[str, Tensor]) -> StateDict:
+    """The parameters of a MAE by our names, from theirs."""
+    layout, decoder = _layout_of(theirs)
+    depth = _depth(theirs, layout, "encoder")
+    decoder_depth = _depth(theirs, layout, "decoder") if decoder else None
+    return read_layout(theirs, layout, mae_parameters(depth, decoder_depth))
+
+
 def _layout_of(theirs: Mapping[str, Tensor]) -> tuple[Layout, bool]:
     """Whose names these are, and whether a decoder is among them."""
     if any(name.startswith("vit.") for name in theirs):
@@ -136,14 +157,14 @@ def _depth(theirs: Mapping[str, Tensor], layout: Layout, part: str) -> int:
     return depth
 
 
-def _require_heads(source: Path, model: nn.Module, *, decoder: bool) -> None:
+def _require_heads(source: Path, model: nn.Module, parts: Sequence[str]) -> None:
     """Weights do not tell the number of heads, a Hugging Face folder's ``config.json`` does."""
     path = source / "config.json"
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
     for part, key in zip(PARTS, ("num_attention_heads", "decoder_num_attention_heads"), strict=True):
-        if part == "decoder" and not decoder:
+        if part not in parts:
             continue
         expected = model.get_submodule(f"{part}.blocks.0.attn").num_heads
         if key in config and config[key] != expected:

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from composer.utils import dist
+from torch import nn
 
 from aemim_algorithm.adapters import apply_adapters
 from aemim_algorithm.algorithm import AEMIM
+from aemim_algorithm.callbacks import ReconstructionPictures
 from aemim_algorithm.exchange.importing import require_start
 from aemim_algorithm.recipes.layers import first_line
 from aemim_algorithm.recipes.registry import Parts, build_parts
 from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
 from aemim_algorithm.search import find_encoder, resolve_encoder
 
-__all__ = ["device_of", "on_gpu", "precision_of", "prepare"]
+__all__ = ["continues", "device_of", "on_gpu", "precision_of", "prepare"]
 
 # What a run cannot change on its way without becoming another run.
 _IDENTITY = ("seed", "model", "init_from", "algorithms", "optimizer", "schedule", "global_batch_size")
@@ -43,6 +45,11 @@ def prepare(recipe: Recipe) -> Parts:
     return parts
 
 
+def continues(recipe: Recipe) -> bool:
+    """Whether a checkpoint of the run is there, so that nothing of its initial weights is needed."""
+    return recipe.autoresume and _latest(recipe).exists()
+
+
 def on_gpu(recipe: Recipe) -> bool:
     """Whether the run is on a GPU."""
     return recipe.device == "gpu" or (recipe.device is None and torch.cuda.is_available())
@@ -65,19 +72,39 @@ def precision_of(recipe: Recipe) -> str:
 
 def _check_model(recipe: Recipe, parts: Parts) -> None:
     """Run the model on the meta device, where nothing is computed, and give it AEMIM's adapters."""
-    size = recipe.model["image_size"]
+    size, features = recipe.model["image_size"], None
     try:
         with torch.device("meta"), torch.no_grad():
             model = parts.model().to("meta")
-            model((torch.empty(2, 3, size, size), torch.empty(2)))
-        if recipe.init_from is not None:
+            images = torch.empty(2, 3, size, size)
+            model((images, torch.empty(2)))
+            if recipe.evaluate:
+                features = model.get_submodule("encoder")(images)
+        if recipe.init_from is not None and not continues(recipe):
             require_start(model, recipe.init_from)
         for algorithm in parts.algorithms:
             if isinstance(algorithm, AEMIM):
                 resolve_encoder(model, algorithm.encoder or find_encoder(model))
                 apply_adapters(model, algorithm.adapter)
-    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+    except (ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise RecipeError(f"model: {first_line(error)}") from error
+    _check_uses(recipe, parts, model, features)
+
+
+def _check_uses(recipe: Recipe, parts: Parts, model: nn.Module, features: Any) -> None:
+    """Refuse pictures and probes of a model that has nothing for them: they would fail late in the run."""
+    kind = type(model).__name__
+    drawn = any(isinstance(callback, ReconstructionPictures) for callback in parts.callbacks)
+    if drawn and not hasattr(model, "reconstruct"):
+        raise RecipeError(
+            f"callbacks.reconstruction_pictures: expected a model that paints what it hid, which {kind} does "
+            "not; leave them out"
+        )
+    if recipe.evaluate and getattr(features, "ndim", 0) != 3:
+        raise RecipeError(
+            f"evaluate=true: expected an encoder that returns tokens, (batch, tokens, dim), got "
+            f"{tuple(getattr(features, 'shape', ()))} from {kind}; evaluate=false"
+        )
 
 
 def _check_machine(recipe: Recipe) -> None:
@@ -99,7 +126,7 @@ def _check_machine(recipe: Recipe) -> None:
 def _check_resumable(recipe: Recipe) -> None:
     """Refuse to go on with a run under other settings, or to write over it."""
     folder = Path(recipe.save_folder)
-    if not ((folder / "latest-rank0.pt").exists() and (folder / "recipe.yaml").exists()):
+    if not (_latest(recipe).exists() and (folder / "recipe.yaml").exists()):
         return
     if not recipe.autoresume:
         raise RecipeError(
@@ -112,6 +139,11 @@ def _check_resumable(recipe: Recipe) -> None:
             f"{changed[0]}: the run in {folder} was started with another value "
             f"({before[changed[0]]}, now {now[changed[0]]}); choose another run_name"
         )
+
+
+def _latest(recipe: Recipe) -> Path:
+    """Where Composer leaves a link to the last checkpoint."""
+    return Path(recipe.save_folder, "latest-rank0.pt")
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

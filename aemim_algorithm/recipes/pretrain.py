@@ -29,7 +29,7 @@ from aemim_algorithm.evaluation import evaluate_encoders
 from aemim_algorithm.exchange.importing import load_start
 from aemim_algorithm.export import export_encoder, native_format
 from aemim_algorithm.recipes.datasets import is_remote, test_shards, train_shards
-from aemim_algorithm.recipes.preflight import device_of, precision_of, prepare
+from aemim_algorithm.recipes.preflight import continues, device_of, precision_of, prepare
 from aemim_algorithm.recipes.registry import Parts
 from aemim_algorithm.recipes.schema import Recipe, save_recipe
 
@@ -114,7 +114,7 @@ def build_trainer(recipe: Recipe, parts: Parts, train_folder: Path) -> Trainer:
         A Trainer whose ``fit`` starts the run, or continues it from its last checkpoint.
     """
     model = _seeded_model(recipe, parts)
-    if recipe.init_from is not None:
+    if recipe.init_from is not None and not continues(recipe):
         load_start(model, recipe.init_from)  # before AEMIM adds its copies, so that they start equal
     interactive = sys.stderr.isatty()
     randomness = RestoredRandomness()
@@ -203,7 +203,7 @@ def _optimizer(recipe: Recipe, model: nn.Module) -> AdamW:
 
 def _scheduler(recipe: Recipe) -> ComposerScheduler:
     schedule, warmup = recipe.schedule, recipe.schedule.warmup
-    at_once = warmup.startswith("0") and not warmup.endswith("dur")
+    at_once = not warmup.endswith("dur") and int(warmup[:-2]) == 0
     if schedule.milestones:
         times: list[str | Time[int]] = [*schedule.milestones]
         if at_once:
@@ -240,7 +240,7 @@ def _compare(
     exported: dict[str, Tensor],
     folders: tuple[Path, Path],
 ) -> Scores:
-    """Scores of the trained encoder and of the very initialisation that it started from."""
+    """Scores of the trained encoder and of the random initialisation of the same seed."""
     device = device_of(recipe)
     encoders: dict[str, Any] = {name: _seeded_model(recipe, parts).encoder for name in ("trained", "random")}
     # What the export has dropped, a mask token, no probe needs; any name that is too many is an error.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_same
 from test_export import trained_looking
 from test_pretrain import recipe_in, write_images
 
@@ -15,7 +17,7 @@ from aemim_algorithm.export import export_encoder
 from aemim_algorithm.models import MAE, MODELS
 from aemim_algorithm.recipes.datasets import train_shards
 from aemim_algorithm.recipes.preflight import prepare
-from aemim_algorithm.recipes.pretrain import build_trainer
+from aemim_algorithm.recipes.pretrain import build_trainer, pretrain
 from aemim_algorithm.recipes.schema import RecipeError, load_recipe, save_recipe
 
 SIZES = {"image_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -56,6 +58,18 @@ def test_a_run_starts_from_imported_weights(decoder: bool, tmp_path: Path, image
     assert adapters
     for adapter in adapters:
         assert all(torch.equal(clean, copy) for clean, copy in adapter.twins())
+
+
+def test_a_run_goes_on_without_the_file_that_it_started_from(tmp_path: Path, images: Path) -> None:
+    published(tmp_path, decoder=True)
+    recipe = recipe_in(tmp_path, images, f"init_from={tmp_path / 'start.pt'}", "max_duration=3ep")
+    first = torch.load(pretrain(recipe).encoder, weights_only=True)
+    (tmp_path / "start.pt").unlink()
+    assert_same(torch.load(pretrain(recipe).encoder, weights_only=True), first)  # finished: as it was
+    longer = torch.load(pretrain(replace(recipe, max_duration="4ep")).encoder, weights_only=True)
+    assert not torch.equal(longer["norm.weight"], first["norm.weight"])
+    with pytest.raises(RecipeError, match="no such file"):
+        prepare(replace(recipe, save_folder=str(tmp_path / "other")))
 
 
 def test_weights_that_do_not_fit_are_refused_before_data_is_read(tmp_path: Path, images: Path) -> None:

@@ -205,6 +205,28 @@ def test_what_a_cpu_cannot_do_is_refused(images: Path, tmp_path: Path, override:
         prepare(recipe_in(tmp_path, images, override))
 
 
+@pytest.mark.parametrize(
+    ("model", "override", "message"),
+    [
+        ("maskfeat", "callbacks.reconstruction_pictures=null", "callbacks.reconstruction_pictures: .* MaskFeat"),
+        ("dvae", "callbacks.reconstruction_pictures=null", "callbacks.reconstruction_pictures: .* DiscreteVAE"),
+        ("dvae", "evaluate=true", "evaluate=true: .* DiscreteVAE"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_after_the_data_or_the_run_is_refused_before(
+    images: Path, tmp_path: Path, model: str, override: str, message: str
+) -> None:
+    recipe = recipe_in(tmp_path, images, f"data.test_source={images / 'test'}", override)
+    named = {"name": OTHERS[model], "image_size": 16}
+    with pytest.raises(RecipeError, match=message) as caught:
+        dry_run(replace(recipe, model=named, algorithms={}))
+    assert "\n" not in str(caught.value)
+    prepare(replace(recipe, model=named, algorithms={}, callbacks={}, evaluate=False))
+
+
+OTHERS = {"maskfeat": "maskfeat_vit_tiny_patch4", "dvae": "dvae_tiny_patch4"}
+
+
 def test_a_batch_that_ranks_cannot_share_is_refused(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +316,13 @@ def test_the_rate_warms_up_and_falls_as_a_cosine(images: Path, tmp_path: Path) -
     assert peak == pytest.approx(0.01 * 8 / 256)
     cosine = 0.5 * peak * (1 + torch.cos(torch.pi * torch.arange(6) / 6))
     assert rates_of(recipe) == pytest.approx([0.0, peak / 2, *cosine.tolist()])
+
+
+@pytest.mark.parametrize(("warmup", "rates"), [("02ba", [0.0, 0.5, 1.0]), ("00ba", [1.0, 1.0, 1.0])])
+def test_leading_zeros_say_nothing(images: Path, tmp_path: Path, warmup: str, rates: list[float]) -> None:
+    overrides = ("callbacks.lr_monitor=null", "max_duration=4ba", f"schedule.warmup={warmup}")
+    recipe = recipe_in(tmp_path, images, *overrides, "schedule.milestones=[3ba]")
+    assert rates_of(recipe)[:3] == pytest.approx([learning_rate(recipe) * rate for rate in rates])
 
 
 @pytest.mark.parametrize("warmup", [0, 2])
