@@ -3,12 +3,14 @@
 The codes come from a frozen tokenizer that is given as a file. It is no submodule: its weights are in no
 checkpoint, no optimizer, no FSDP unit and no copy of the model, and AEMIM does not adapt them. A checkpoint
 keeps a fingerprint of it, so that training cannot go on with another one. It costs one forward pass of the
-tokenizer for each loss, on ``stride`` pixels a side for each patch.
+tokenizer for each batch, on ``stride`` pixels a side for each patch. A second loss on the very same images,
+such as AEMIM's, finds their codes remembered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +27,10 @@ __all__ = ["BEiT"]
 
 
 class BEiT(BlockMasked):
-    """Masked prediction of discrete codes.
+    """Masked prediction of discrete codes, on a ViT with learned absolute positions as in the paper.
+
+    The published ViT-B has shared relative positions instead. A plain timm ViT has none, and could not load
+    them.
 
     Args:
         tokenizer: Path of the tokenizer's weights, as :meth:`VisualTokenizer.from_file` reads them.
@@ -38,13 +43,14 @@ class BEiT(BlockMasked):
         layer_scale: Start value of a learned factor on each residual branch; ``None`` for none.
         mask_ratio: Share of the patches that is hidden, in (0, 1); their number is rounded down. The
             default hides the paper's 75 of 196.
-        min_block: Smallest rectangle of the mask, in patches.
+        min_block: Smallest rectangle of the mask, in patches, at least 1.
         vocab_size: Refuse a tokenizer with any other number of codes; ``None`` takes what it has.
         mean: Mean of the images' normalisation, one value for each channel, in [0, 1] pixels.
         std: Standard deviation of the images' normalisation, likewise.
 
     Raises:
-        ValueError: If the tokenizer cannot be read or has another vocabulary, or the mask cannot work.
+        ValueError: If the tokenizer cannot be read or has another vocabulary, a size cannot be built, or the
+            mask cannot work.
     """
 
     tokenizer_print: Tensor
@@ -79,6 +85,7 @@ class BEiT(BlockMasked):
         codes = frozen.tokenizer.vocab_size
         super().__init__(encoder, out_features=codes, mask_ratio=mask_ratio, min_block=min_block)
         self._frozen = frozen
+        self._last = _LastCodes()
         self.mean, self.std = tuple(mean), tuple(std)
         self.register_buffer("tokenizer_print", torch.tensor(frozen.tokenizer.fingerprint()))
         self.register_load_state_dict_pre_hook(_require_same_tokenizer)
@@ -113,7 +120,8 @@ class BEiT(BlockMasked):
         Returns:
             Scalar, float32.
         """
-        target = self.take_hidden(self.codes(images_in(batch)), outputs["mask"])
+        codes = self._last.of(images_in(batch), self.codes)
+        target = self.take_hidden(codes, outputs["mask"])
         return F.cross_entropy(outputs["prediction"].float().flatten(0, 1), target.flatten())
 
     def no_weight_decay(self) -> set[str]:
@@ -134,6 +142,28 @@ class _Frozen:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Frozen:
         return self
+
+
+class _LastCodes:
+    """Remembers the codes of the last images, but does not keep those alive; a copy starts empty."""
+
+    def __init__(self) -> None:
+        self._images: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._codes: Tensor | None = None
+
+    def of(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """The codes of images, computed unless these are the very ones of the last call, unchanged."""
+        if images.is_inference():  # without a count of the changes made to it
+            return compute(images)
+        last = None if self._images is None else self._images()
+        if self._codes is None or last is not images or self._version != images._version:
+            self._codes = compute(images)
+            self._images, self._version = weakref.ref(images), images._version
+        return self._codes
+
+    def __reduce__(self) -> tuple[type[_LastCodes], tuple[()]]:
+        return _LastCodes, ()
 
 
 def _require_same_tokenizer(model: BEiT, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

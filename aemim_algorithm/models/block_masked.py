@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from aemim_algorithm.models.mask_token import MaskTokenViT
 from aemim_algorithm.models.masking import block_mask, hidden_indices, images_in, require_mask_shape
 from aemim_algorithm.models.vit import take_tokens
+from aemim_algorithm.validation import require_integer
 
 __all__ = ["BlockMasked"]
 
@@ -22,15 +23,16 @@ class BlockMasked(ComposerModel):
         encoder: The transformer.
         out_features: Values to predict of a patch.
         mask_ratio: Share of the patches that is hidden, in (0, 1); their number is rounded down.
-        min_block: Smallest rectangle of the mask, in patches.
+        min_block: Smallest rectangle of the mask, in patches, at least 1.
 
     Raises:
-        ValueError: If the mask leaves no patch visible or none hidden.
+        ValueError: If the mask leaves no patch visible or none hidden, or has rectangles of nothing.
     """
 
     def __init__(
         self, encoder: MaskTokenViT, *, out_features: int, mask_ratio: float, min_block: int
     ) -> None:
+        require_integer("min_block", min_block, low=1)
         super().__init__()
         self.encoder = encoder
         self.decoder = nn.Linear(encoder.embed_dim, out_features)

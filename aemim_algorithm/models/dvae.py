@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from aemim_algorithm.models.masking import images_in, pixels_of, require_image_size
 from aemim_algorithm.models.tokenizer import ResidualBlock, VisualTokenizer
+from aemim_algorithm.validation import require_integer, require_number
 
 __all__ = ["DiscreteVAE"]
 
@@ -37,9 +38,10 @@ class DiscreteVAE(ComposerModel):
         vocab_size: Number of codes.
         num_groups: Groups of the tokenizer: a code stands for ``2**(num_groups - 1)`` pixels a side.
         blocks_per_group: Residual blocks in each group, of tokenizer and decoder.
-        code_dim: Width of a code's embedding, where the decoder starts.
+        code_dim: Width of a code's embedding, where the decoder starts, at least 1.
         temperature: Of the Gumbel-softmax, above 0; its gradient is sharper and noisier when lower.
-        kl_weight: Weight of the divergence of the codes' shares in a batch from even ones, in nats.
+        kl_weight: Weight, at least 0, of the divergence of the codes' shares in a batch from even ones, in
+            nats.
         mean: Mean of the images' normalisation, one value for each channel, in [0, 1] pixels.
         std: Standard deviation of the images' normalisation, likewise.
 
@@ -61,9 +63,11 @@ class DiscreteVAE(ComposerModel):
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ) -> None:
+        require_integer("image_size", image_size, low=1)
+        require_integer("code_dim", code_dim, low=1)
+        require_number("temperature", temperature, low=0, low_open=True)
+        require_number("kl_weight", kl_weight, low=0)
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: expected a number above 0")
         self.encoder = VisualTokenizer(
             hidden_size=hidden_size,
             vocab_size=vocab_size,

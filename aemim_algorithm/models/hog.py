@@ -5,8 +5,10 @@ The paper leaves some details open; these are chosen as in the authors' publishe
 - Each colour channel has its own gradients and its own histograms.
 - Gradients are Sobel's, of the image mirrored at its border without repeating the border's pixels.
 - A pixel votes with its gradient's magnitude for one of the orientation bins, which divide [0, π) evenly:
-  opposite directions are one orientation, and there is no interpolation between bins or cells. The bins
-  start 0.001 below 0, where many gradients of 8-bit images lie: rounding noise changes no vote for them.
+  opposite directions are one orientation, and there is no interpolation between bins or cells. Orientations
+  are measured from the vertical: of nine bins the first starts at gradients straight up or down, and the
+  middle of the fifth are those to the right or left. Different from the authors', the bins start 0.001
+  below 0, where many gradients of 8-bit images lie: rounding noise changes no vote for them.
 - The histogram of a cell in one channel is divided by its own L2 norm; a flat cell stays zero. There are no
   overlapping blocks of cells and no Gaussian window.
 
@@ -63,7 +65,8 @@ def hog(images: Tensor, *, cell_size: int = 8, orientations: int = 9) -> Tensor:
     """
     x, y = image_gradients(images)
     magnitude = torch.hypot(x, y)
-    angle = (torch.atan2(y, x) + FIRST_BIN).remainder(math.pi)
+    # From the vertical, as the authors' implementation has it: x first.
+    angle = (torch.atan2(x, y) + FIRST_BIN).remainder(math.pi)
     # What lies just below the first bin may be rounded up to π itself: it belongs to the last one.
     chosen = (angle * (orientations / math.pi)).floor().clamp(max=orientations - 1)
     # One bin after the other: all at once would need as many copies of the images, and scattering is not

@@ -24,7 +24,9 @@ from aemim_algorithm.models.masking import (
     unpatchify,
     visible_indices,
 )
+from aemim_algorithm.models.sizes import require_width
 from aemim_algorithm.models.vit import MaskedViT, init_like_mae, sincos_position
+from aemim_algorithm.validation import require_integer
 
 __all__ = ["MAE", "MAEDecoder"]
 
@@ -45,7 +47,7 @@ class MAE(ComposerModel):
         norm_pixel_target: Whether each target patch is normalised by its own mean and deviation.
 
     Raises:
-        ValueError: If the mask leaves no patch visible or none hidden.
+        ValueError: If a size cannot be built, or the mask leaves no patch visible or none hidden.
     """
 
     def __init__(
@@ -178,6 +180,9 @@ class MAEDecoder(nn.Module):
         dim: Width of the decoder, a multiple of 4 and of ``num_heads``.
         depth: Number of blocks.
         num_heads: Attention heads of each block.
+
+    Raises:
+        ValueError: If a size cannot be built.
     """
 
     def __init__(
@@ -191,8 +196,8 @@ class MAEDecoder(nn.Module):
         num_heads: int,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"decoder_dim={dim} must be a multiple of decoder_heads={num_heads}")
+        require_width("decoder_dim", dim, "decoder_heads", num_heads)
+        require_integer("decoder_depth", depth, low=1)
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from aemim_algorithm.models.masking import require_image_size, require_mask_shape, upsample_mask
+from aemim_algorithm.models.sizes import require_swin_sizes, require_vit_sizes
 
 __all__ = ["MaskTokenSwin", "MaskTokenViT"]
 
@@ -23,13 +24,18 @@ class MaskTokenViT(VisionTransformer):
     """A timm ViT in which a learned token stands for every hidden patch.
 
     Args:
-        image_size: Side of the square input, or (height, width), in pixels.
+        image_size: Side of the square input, or (height, width), in pixels: multiples of ``patch_size``.
         patch_size: Side of a patch, in pixels.
         embed_dim: Width of the transformer, a multiple of ``num_heads``.
         depth: Number of blocks.
         num_heads: Attention heads of each block.
         drop_path: Rate of stochastic depth in the last block, rising linearly from 0 in the first; in [0, 1).
         layer_scale: Start value of a learned factor on each residual branch; ``None`` for no such factor.
+        depth_scaled_init: Whether residual branches start smaller the deeper they lie, as BEiT and SimMIM
+            have it.
+
+    Raises:
+        ValueError: If a size cannot be built.
     """
 
     def __init__(
@@ -42,7 +48,16 @@ class MaskTokenViT(VisionTransformer):
         num_heads: int,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        depth_scaled_init: bool = True,
     ) -> None:
+        require_vit_sizes(
+            image_size=image_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            drop_path=drop_path,
+        )
         super().__init__(
             img_size=image_size,
             patch_size=patch_size,
@@ -53,8 +68,7 @@ class MaskTokenViT(VisionTransformer):
             init_values=layer_scale,
             num_classes=0,
             global_pool="",
-            # Residual branches start smaller the deeper they lie, as BEiT and SimMIM have it.
-            fix_init=True,
+            fix_init=depth_scaled_init,
         )
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         for weight in (self.cls_token, self.mask_token, self.patch_embed.proj.weight):
@@ -113,7 +127,8 @@ class MaskTokenSwin(SwinTransformer):
         drop_path: Rate of stochastic depth in the last block, rising linearly from 0 in the first; in [0, 1).
 
     Raises:
-        ValueError: If the image is not cut evenly into features, or a stage not into windows.
+        ValueError: If a size cannot be built, the image is not cut evenly into features, or a stage not
+            into windows.
     """
 
     num_prefix_tokens = 0  # of timm's ViT; Swin has no class token
@@ -129,7 +144,15 @@ class MaskTokenSwin(SwinTransformer):
         num_heads: Sequence[int],
         drop_path: float = 0.0,
     ) -> None:
-        _require_even_cut(image_size, patch_size, window_size, len(depths))
+        require_swin_sizes(
+            image_size=image_size,
+            patch_size=patch_size,
+            window_size=window_size,
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            drop_path=drop_path,
+        )
         super().__init__(
             img_size=image_size,
             patch_size=patch_size,
@@ -184,21 +207,3 @@ class MaskTokenSwin(SwinTransformer):
             fine = upsample_mask(mask, self.grid, self._merged).view(*tokens.shape[:3], 1)
             tokens = torch.where(fine, self.mask_token.to(tokens.dtype), tokens)
         return self.norm(self.layers(tokens)).flatten(1, 2)
-
-
-def _require_even_cut(image_size: int | tuple[int, int], patch_size: int, window: int, stages: int) -> None:
-    stride = patch_size * 2 ** (stages - 1)
-    for side in (image_size, image_size) if isinstance(image_size, int) else image_size:
-        if side % stride:
-            raise ValueError(
-                f"image_size={image_size} is not a multiple of {stride}, the pixels that a feature of the "
-                f"last of {stages} stages covers: choose one that is"
-            )
-        for stage in range(stages):
-            patches = side // (patch_size * 2**stage)
-            # timm shrinks a window that is larger than its stage, and pads one that does not fit.
-            if patches > window and patches % window:
-                raise ValueError(
-                    f"window_size={window} does not divide the {patches} patches along a side of stage "
-                    f"{stage + 1} at image_size={image_size}: choose a divisor, or another image_size"
-                )

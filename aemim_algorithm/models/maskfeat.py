@@ -1,4 +1,8 @@
-"""MaskFeat on images (Wei et al. 2022, arXiv 2112.09133): predict the HOG features of hidden patches."""
+"""MaskFeat on images (Wei et al. 2022, arXiv 2112.09133): predict the HOG features of hidden patches.
+
+Details that the paper leaves open are those of the authors' published configuration for ViT-B: no layer
+starts smaller than another, and weight decay spares vectors only, not the tokens and positions.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from aemim_algorithm.models.block_masked import BlockMasked
 from aemim_algorithm.models.hog import hog_patches
 from aemim_algorithm.models.mask_token import MaskTokenViT
 from aemim_algorithm.models.masking import images_in
+from aemim_algorithm.validation import require_integer
 
 __all__ = ["MaskFeat"]
 
@@ -26,12 +31,13 @@ class MaskFeat(BlockMasked):
         num_heads: Attention heads of each block.
         drop_path: Rate of stochastic depth in the last block, in [0, 1).
         mask_ratio: Share of the patches that is hidden, in (0, 1); their number is rounded down.
-        min_block: Smallest rectangle of the mask, in patches.
+        min_block: Smallest rectangle of the mask, in patches; the default is a fifth of the 78 of 196 that
+            are hidden.
         cell_size: Side of a histogram's cell, in pixels, a divisor of ``patch_size``.
-        orientations: Bins of a histogram.
+        orientations: Bins of a histogram, at least 1.
 
     Raises:
-        ValueError: If the cells do not divide a patch, or the mask cannot work.
+        ValueError: If a size cannot be built, the cells do not divide a patch, or the mask cannot work.
     """
 
     def __init__(
@@ -44,11 +50,13 @@ class MaskFeat(BlockMasked):
         num_heads: int,
         drop_path: float = 0.0,
         mask_ratio: float = 0.4,
-        min_block: int = 16,
+        min_block: int = 15,
         cell_size: int = 8,
         orientations: int = 9,
     ) -> None:
-        if cell_size < 1 or patch_size % cell_size:
+        require_integer("orientations", orientations, low=1)
+        require_integer("cell_size", cell_size, low=1)
+        if patch_size % cell_size:
             raise ValueError(f"cell_size={cell_size}: expected a divisor of patch_size={patch_size} pixels")
         encoder = MaskTokenViT(
             image_size=image_size,
@@ -57,6 +65,7 @@ class MaskFeat(BlockMasked):
             depth=depth,
             num_heads=num_heads,
             drop_path=drop_path,
+            depth_scaled_init=False,
         )
         out_features = 3 * orientations * (patch_size // cell_size) ** 2
         super().__init__(encoder, out_features=out_features, mask_ratio=mask_ratio, min_block=min_block)
@@ -82,7 +91,3 @@ class MaskFeat(BlockMasked):
             orientations=self.orientations,
         )
         return F.mse_loss(outputs["prediction"].float(), self.take_hidden(target, outputs["mask"]))
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not decayed, beside vectors."""
-        return {"encoder.mask_token"}

@@ -101,11 +101,7 @@ class VisualTokenizer(nn.Module):
         Returns:
             Shape (batch, height / stride, width / stride), int64.
         """
-        kind = pixels.device.type
-        plain = (
-            torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-        )
-        with plain:
+        with _without_autocast(pixels.device.type):
             return self(pixels.float()).argmax(dim=1)
 
     @classmethod
@@ -249,10 +245,8 @@ def _load(file: Path) -> Any:
 
 def _config_of(state: Mapping[str, Tensor], path: Path) -> dict[str, int]:
     """The sizes that the weights have."""
-    groups = [int(found[1]) for key in state if (found := re.match(r"blocks\.group_(\d+)\.", key))]
-    blocks = [
-        int(found[1]) for key in state if (found := re.match(r"blocks\.group_1\.group\.block_(\d+)", key))
-    ]
+    groups = _numbers(state, r"blocks\.group_(\d+)\.")
+    blocks = _numbers(state, r"blocks\.group_1\.group\.block_(\d+)")
     first, last = (state.get(f"blocks.{name}.weight") for name in ("input", "output.conv"))
     if first is None or last is None or not groups or not blocks:
         few = ", ".join(list(state)[:3]) or "nothing"

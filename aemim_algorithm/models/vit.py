@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aemim_algorithm.models.masking import patchify, require_image_size
+from aemim_algorithm.models.sizes import require_vit_sizes
 
 __all__ = ["MaskedViT", "init_like_mae", "sincos_position"]
 
@@ -20,11 +21,14 @@ class MaskedViT(VisionTransformer):
     """A timm ViT whose forward embeds and encodes the visible patches only.
 
     Args:
-        image_size: Side of the square input, or (height, width), in pixels.
+        image_size: Side of the square input, or (height, width), in pixels: multiples of ``patch_size``.
         patch_size: Side of a patch, in pixels.
         embed_dim: Width of the transformer, a multiple of 4 and of ``num_heads``.
         depth: Number of blocks.
         num_heads: Attention heads of each block.
+
+    Raises:
+        ValueError: If a size cannot be built.
     """
 
     def __init__(
@@ -36,6 +40,13 @@ class MaskedViT(VisionTransformer):
         depth: int,
         num_heads: int,
     ) -> None:
+        require_vit_sizes(
+            image_size=image_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+        )
         super().__init__(
             img_size=image_size,
             patch_size=patch_size,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +145,66 @@ def test_trains_with_aemim(aemim: AEMIM, tokenizer: Path) -> None:
     assert not torch.equal(clean, adversarial)
     kept = model._frozen.tokenizer.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in codes.items())
+
+
+def count_tokenized(model: BEiT, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of images of every call of the tokenizer."""
+    counts: list[int] = []
+    codes = VisualTokenizer.codes
+
+    def counting(tokenizer: VisualTokenizer, pixels: Tensor) -> Tensor:
+        counts.append(len(pixels))
+        return codes(tokenizer, pixels)
+
+    monkeypatch.setattr(VisualTokenizer, "codes", counting)
+    return counts
+
+
+@pytest.mark.parametrize("objective", ["l2", "reconstruction"])
+def test_aemim_has_a_batch_tokenized_once(
+    objective: str, tokenizer: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, aemim = tiny(tokenizer), AEMIM(adversarial_loss=objective)
+    aemim.attach(model)
+    counts = count_tokenized(model, monkeypatch)
+    for step in range(3):
+        aemim.training_loss(model, (images.roll(step, 0), None), step=step)
+    assert counts == [8, 8, 8]
+
+
+def test_codes_are_remembered_of_these_very_images_only(
+    tokenizer: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(tokenizer)
+    outputs = model(images)
+    counts = count_tokenized(model, monkeypatch)
+    first = model.loss(outputs, images)
+    assert torch.equal(model.loss(outputs, images), first)
+    assert len(counts) == 1
+    other = images.flip(0).clone()
+    assert not torch.equal(model.loss(outputs, other), first)
+    images.copy_(other)  # the same tensor, changed in place
+    assert torch.equal(model.loss(outputs, images), model.loss(outputs, other))
+    with torch.inference_mode():  # its tensors do not tell whether they changed
+        frozen = images.clone()
+        before = model.loss(outputs, frozen)
+        frozen.copy_(images.flip(0))
+        assert not torch.equal(model.loss(outputs, frozen), before)
+
+
+def test_remembered_codes_outlive_no_images_and_leave_no_trace(tokenizer: Path, images: Tensor) -> None:
+    model = tiny(tokenizer)
+    names, batch = list(model.state_dict()), images.clone()
+    outputs = model(batch)
+    loss = model.loss(outputs, batch)
+    assert list(model.state_dict()) == names
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
+        assert torch.equal(copied.loss(outputs, batch), loss)
+        assert torch.equal(copied.loss(outputs, images), loss)
+    seen = weakref.ref(batch)
+    del batch, outputs, loss, copied  # their graphs hold it, too
+    gc.collect()
+    assert seen() is None
 
 
 def test_learns_the_codes(tokenizer: Path, images: Tensor) -> None:

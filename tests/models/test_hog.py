@@ -34,7 +34,7 @@ def loops(images: np.ndarray, cell: int, orientations: int) -> np.ndarray:
         near = padded[b, c, i : i + 3, j : j + 3]
         x = near[:, 2] @ [1, 2, 1] - near[:, 0] @ [1, 2, 1]
         y = near[2] @ [1, 2, 1] - near[0] @ [1, 2, 1]
-        degrees = math.degrees(math.atan2(y, x) + FIRST_BIN) % 180
+        degrees = math.degrees(math.atan2(x, y) + FIRST_BIN) % 180  # from the vertical
         number = int(degrees // (180 / orientations))
         out[b, c, number, i // cell, j // cell] += math.sqrt(x * x + y * y)
     norm = np.sqrt((out**2).sum(2, keepdims=True))
@@ -74,26 +74,35 @@ def _sobel(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _skimage(images: Tensor) -> np.ndarray:
-    """Its histograms of every channel, in our layout."""
+    """Its histograms of every channel, in our layout.
+
+    It measures orientations from the horizontal, so it is given the images with rows for columns.
+    """
     options: dict[str, Any] = {"block_norm": "L2", "feature_vector": False}
-    channels = images.double().flatten(0, 1).numpy()
+    channels = images.double().flatten(0, 1).mT.numpy()
     blocks = np.stack([skimage_hog.hog(channel, 9, (8, 8), (1, 1), **options) for channel in channels])
-    return blocks[:, :, :, 0, 0].transpose(0, 3, 1, 2).reshape(*images.shape[:2], 9, *blocks.shape[1:3])
+    maps = blocks[:, :, :, 0, 0].transpose(0, 3, 2, 1)
+    return maps.reshape(*images.shape[:2], *maps.shape[1:])
 
 
 def test_an_edge_votes_for_its_orientation() -> None:
-    """A ramp at each angle fills the one bin that holds the angle."""
+    """A ramp at each angle from the vertical fills the one bin that holds the angle."""
     row, column = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     for number in range(9):
         angle = math.pi * (number + 0.5) / 9
         for direction in (angle, angle + math.pi):  # light to dark is the same edge as dark to light
-            ramp = (column * math.cos(direction) + row * math.sin(direction)).expand(1, 1, 16, 16)
+            ramp = (row * math.cos(direction) + column * math.sin(direction)).expand(1, 1, 16, 16)
             # The mirrored border has no gradient across it, so only a cell without border is pure.
             inner = hog(torch.nn.functional.pad(ramp, (8, 8, 8, 8), mode="replicate"))[0, 0, :, 1:3, 1:3]
             assert inner.argmax(0).eq(number).all()
+
+
+def test_bins_lie_as_in_the_authors_implementation() -> None:
+    """It takes atan2(gradient along x, gradient along y), in units of 20 degrees, rounded down."""
     upright = torch.zeros(1, 1, 16, 16)
-    upright[..., 3::7] = 0.3
-    assert hog(upright)[:, :, 0].eq(1).all()  # exactly on the border of a bin, and not spread over two
+    upright[..., 3::7] = 0.3  # gradients to the right and to the left: 90 and -90 degrees
+    assert hog(upright)[:, :, 4].eq(1).all()
+    assert hog(upright.mT)[:, :, 0].eq(1).all()  # exactly on the border of a bin, and not spread over two
 
 
 def test_scale_and_offset_of_a_channel_fall_out() -> None:

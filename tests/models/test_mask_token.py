@@ -155,6 +155,11 @@ def test_starts_as_published() -> None:
         for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
             assert weight.std().item() == pytest.approx(0.02 / (2 * (layer + 1)) ** 0.5, rel=0.05)
     assert not vit.patch_embed.proj.bias.any()
+    even = MaskTokenViT(
+        image_size=32, patch_size=4, embed_dim=96, depth=3, num_heads=2, depth_scaled_init=False
+    )
+    for block in even.blocks:
+        assert block.mlp.fc2.weight.std().item() == pytest.approx(0.02, rel=0.05)
     swin = MaskTokenSwin(image_size=IMAGE, **(SWIN | {"embed_dim": 64}))
     for name in ("mask_token", "layers.0.blocks.0.attn.qkv.weight"):
         assert swin.get_parameter(name).std().item() == pytest.approx(0.02, rel=0.25), name

@@ -91,6 +91,16 @@ def test_named_sizes_are_the_papers() -> None:
     assert isinstance(model.decoder, nn.Linear)
     assert sum(p.numel() for p in model.encoder.parameters()) == 85_798_656 + 768  # timm's, and a mask token
     assert (small.decoder.out_features, small.num_hidden) == (27, 25)
+    assert model.min_block == model.num_hidden // 5 == 15
+
+
+def test_every_parameter_starts_and_decays_as_published() -> None:
+    """ZERO_DECAY_POS_CLS and SCALE_INIT_BY_DEPTH are off: tokens and positions decay, no layer starts smaller."""
+    model = tiny(embed_dim=96, depth=3)
+    assert not hasattr(model, "no_weight_decay")
+    for block in model.encoder.blocks:
+        for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_aemims_target_is_the_clean_images_histogram(images: Tensor) -> None:

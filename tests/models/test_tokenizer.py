@@ -166,8 +166,17 @@ def test_sizes_that_cannot_work_are_refused() -> None:
         tiny(num_groups=0)
     with pytest.raises(ValueError, match="image_size=18: expected a multiple of 4 pixels"):
         tiny_dvae(image_size=18)
-    with pytest.raises(ValueError, match=r"temperature=0\.0: expected a number above 0"):
-        tiny_dvae(temperature=0.0)
+    for size in (0, -4, 16.0):
+        with pytest.raises(ValueError, match=f"image_size={size} is out of range"):
+            tiny_dvae(image_size=size)
+    for temperature in (0.0, float("inf"), "1"):
+        with pytest.raises(ValueError, match=f"temperature={temperature!r} is out of range"):
+            tiny_dvae(temperature=temperature)
+    for weight in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"kl_weight={weight} is out of range"):
+            tiny_dvae(kl_weight=weight)
+    with pytest.raises(ValueError, match="code_dim=0 is out of range: expected an integer >= 1"):
+        tiny_dvae(code_dim=0)
     with pytest.raises(ValueError, match=r"images are \(8, 8\) pixels"):
         tiny_dvae()(torch.zeros(1, 3, 8, 8))
 

@@ -123,6 +123,26 @@ def test_simmim_recipes_are_as_published(run: str, method: str) -> None:
     assert recipe.algorithms["gradient_clipping"] == {"clipping_type": "norm", "clipping_threshold": 5.0}
 
 
+@pytest.mark.parametrize("method", ["maskfeat", "aemim"])
+def test_maskfeats_recipe_is_as_published(method: str) -> None:
+    """SlowFast's in1k_VIT_B_MaskFeat_PT.yaml; both of its rates are given for a batch of 256."""
+    recipe = load(YAMLS / "pretrain" / f"imagenet_maskfeat_vit_base_300ep_{method}.yaml")
+    assert recipe.model == {
+        "name": "maskfeat_vit_base_patch16",
+        "image_size": 224,
+        "mask_ratio": 0.4,
+        "min_block": int(0.4 * 14 * 14) // 5,
+    }
+    assert (recipe.max_duration, recipe.schedule.warmup) == ("300ep", "30ep")
+    assert recipe.global_batch_size == 2048
+    assert learning_rate(recipe) == pytest.approx(2e-4 * 2048 / 256)
+    assert recipe.schedule.min_learning_rate == pytest.approx(1e-6 * 2048 / 256)
+    assert recipe.optimizer.weight_decay == 0.05
+    assert recipe.optimizer.betas == (0.9, 0.999)
+    assert recipe.data.crop_scale == (0.5, 1.0)
+    assert recipe.algorithms["gradient_clipping"] == {"clipping_type": "norm", "clipping_threshold": 0.02}
+
+
 @pytest.mark.parametrize("run", SIMMIM + SMALL_SIMMIM)
 def test_aemim_on_simmim_is_table_9(run: str) -> None:
     assert aemim_of(load(YAMLS / "pretrain" / f"{run}_simmim.yaml")) is None
