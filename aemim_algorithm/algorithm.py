@@ -36,7 +36,6 @@ from aemim_algorithm.adapters import (
     adapters_of,
     adversarial_mode,
     apply_adapters,
-    copies_of_buffers,
     preserved_buffers,
     require_no_checkpointing,
     require_same_adapters,
@@ -54,6 +53,7 @@ from aemim_algorithm.losses import DISTANCES, total_loss
 from aemim_algorithm.metrics import AttackMetrics, FiniteLossCheck, PixelRangeCheck
 from aemim_algorithm.plan import BatchPlan, noise_of
 from aemim_algorithm.randomness import RngState
+from aemim_algorithm.repeat import RepeatedBatch
 from aemim_algorithm.samples import first_dimension
 from aemim_algorithm.schedule import Schedule, largest, parse_schedule, schedule_text, value_at
 from aemim_algorithm.search import find_encoder, resolve_encoder
@@ -130,9 +130,7 @@ class AEMIM(Algorithm):
         self._now: dict[str, float] = {}
         self._metrics, self._finite = AttackMetrics(), FiniteLossCheck()
         self._range = PixelRangeCheck(self.mean, self.std)
-        self._before_batch: RngState | None = None
-        self._buffers: list[tuple[Tensor, Tensor]] = []
-        self._micro_batch_size: int | float | None = None
+        self._repeated = RepeatedBatch()
         self._num_adapters, self._checked = 0, False
 
     def _validate(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, float | Schedule]:
@@ -276,20 +274,11 @@ class AEMIM(Algorithm):
         if not self._checked:  # the model is wrapped and compiled by now
             self._check_model(state.model)
         self._start_batch(state.batch, int(state.timestamp.batch), state.rank_zero_seed, state)
-        self._before_batch = None
+        self._repeated.start_batch()
 
     def _on_before_train_batch(self, state: State, logger: Logger) -> None:
-        # Once a batch, on each call of an optimizer's closure, and when Composer repeats a batch that ran
-        # out of memory: then masks and running statistics must be those that it would have had at first.
-        size = state.device_train_microbatch_size
-        if self._before_batch is None:
-            self._before_batch = RngState.capture()
-            self._buffers = copies_of_buffers(state.model) if state.auto_microbatching else []
-        elif size != self._micro_batch_size:
-            self._before_batch.restore()
-            for buffer, values in self._buffers:
-                buffer.copy_(values)
-        self._micro_batch_size = size
+        # Once a batch, on each call of an optimizer's closure, and on each attempt at a batch.
+        self._repeated.start_attempt(state)
         self._get_branch().cancel()
         self._get_plan().rewind()
         self._metrics, self._finite, self._result = AttackMetrics(), FiniteLossCheck(), None
