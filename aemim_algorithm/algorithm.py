@@ -328,6 +328,7 @@ class AEMIM(Algorithm):
         """What can be seen only after INIT, before the first batch."""
         require_no_checkpointing(model)
         repeat_randomness_when_compiled(_unwrapped(model))
+        self._get_branch().tap.require_gathered(model)
         if len(adapters_of(model)) < self._num_adapters:
             raise ValueError(
                 "another algorithm has replaced adapters of AEMIM: pass AEMIM after it in algorithms=[...]"

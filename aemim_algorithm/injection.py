@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.samples import map_tensors, take_samples
 from aemim_algorithm.search import candidates, resolve_encoder
+from aemim_algorithm.sharding import is_sharded, make_fsdp_unit
 
 __all__ = ["EncoderCall", "EncoderTap", "feature_dim", "first_tensor"]
 
@@ -77,6 +78,7 @@ class EncoderTap:
         owner, name, self._encoder = resolve_encoder(model, path)
         # A method answers for its module.
         self._module: nn.Module | None = self._encoder if isinstance(self._encoder, nn.Module) else owner
+        make_fsdp_unit(model, self._module)
         self._hint = candidates(model)
         self._recording, self._calls = False, 0
         self._injected: tuple[Tensor, RngState] | None = None
@@ -89,6 +91,18 @@ class EncoderTap:
             self._encoder.register_forward_hook(self._leave)
         else:
             setattr(owner, name, functools.partial(self._call_method, self._encoder))
+
+    def require_gathered(self, model: nn.Module) -> None:
+        """Refuse a method of a model that is sharded: FSDP gathers parameters for a module's forward only.
+
+        Raises:
+            ValueError: If the encoder is a method and FSDP has part of ``model``.
+        """
+        if not isinstance(self._encoder, nn.Module) and is_sharded(model):
+            raise ValueError(
+                f"the encoder {self.path!r} is a method, which cannot be called on a model that FSDP has "
+                "sharded: pass AEMIM(encoder=...) a module, or train with DDP"
+            )
 
     def start(self) -> None:
         """Record the next call, until :meth:`stop`; forgets what was recorded before."""

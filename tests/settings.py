@@ -7,6 +7,7 @@ AEMIM needs to know about it stands in ``arguments``, and is nothing but for a m
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ __all__ = [
     "Setting",
     "every_setting",
     "transformers_installed",
+    "with_mask_of_batch",
     "without_randomness",
 ]
 
@@ -91,6 +93,18 @@ def without_randomness(model: ComposerModel) -> ComposerModel:
                 setattr(module, name, 0.0)
         if hasattr(getattr(module, "config", None), "attention_probs_dropout_prob"):
             module.config.attention_probs_dropout_prob = 0.0
+    return model
+
+
+def with_mask_of_batch(model: ComposerModel) -> ComposerModel:
+    """Give a model whose ``forward`` takes a mask the one that is in the batch."""
+    if "mask" in inspect.signature(model.forward).parameters:
+        stock: Any = type(model)
+
+        def forward(self: Any, batch: Any, mask: Tensor | None = None) -> Any:
+            return stock.forward(self, batch, batch[1] if mask is None else mask)
+
+        model.__class__ = type(stock.__name__, (stock,), {"forward": forward})
     return model
 
 

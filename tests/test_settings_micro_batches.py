@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from composer import Trainer
-from composer.models import ComposerModel
-from settings import Setting, every_setting, without_randomness
+from settings import Setting, every_setting, with_mask_of_batch, without_randomness
 from torch import Tensor
 
 from aemim_algorithm import AEMIM
@@ -21,18 +19,6 @@ from aemim_algorithm.samples import map_tensors
 def double(tensor: Tensor) -> Tensor:
     """Floating point in float64, the rest as it is."""
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def with_mask_of_batch(model: ComposerModel) -> ComposerModel:
-    """Give a model whose ``forward`` takes a mask the one that is in the batch."""
-    if "mask" in inspect.signature(model.forward).parameters:
-        stock: Any = type(model)
-
-        def forward(self: Any, batch: Any, mask: Tensor | None = None) -> Any:
-            return stock.forward(self, batch, batch[1] if mask is None else mask)
-
-        model.__class__ = type(stock.__name__, (stock,), {"forward": forward})
-    return model
 
 
 def trained(setting: Setting, aemim: AEMIM, micro: int) -> dict[str, Tensor]:

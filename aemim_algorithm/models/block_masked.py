@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from composer.models import ComposerModel
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from aemim_algorithm.models.mask_token import MaskTokenViT
@@ -79,7 +78,3 @@ class BlockMasked(ComposerModel):
         """The values (batch, patches, …) of the hidden patches, shape (batch, num_hidden, …)."""
         hidden = hidden_indices(mask, self.num_hidden)
         return values.gather(1, hidden) if values.ndim == 2 else take_tokens(values, hidden)
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """One FSDP unit per block, and one for the encoder, which AEMIM calls on its own."""
-        return isinstance(module, Block | MaskTokenViT)

@@ -165,10 +165,6 @@ class MAE(ComposerModel):
             "patches visible",
         )
 
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """One FSDP unit per block, and one for the encoder, which AEMIM calls on its own."""
-        return isinstance(module, Block | MaskedViT)
-
 
 class MAEDecoder(nn.Module):
     """Reconstructs every patch from the encoder's features of the visible ones.
@@ -209,6 +205,10 @@ class MAEDecoder(nn.Module):
         self.head = nn.Linear(dim, 3 * patch_size**2)
         nn.init.normal_(self.mask_token, std=0.02)
         init_like_mae(self)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """One FSDP unit per block, inside the one that Composer makes of a model's child."""
+        return isinstance(module, Block)
 
     def forward(self, latent: Tensor, visible: Tensor) -> Tensor:
         """Predict the pixels of every patch.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from aemim_algorithm.models.masking import require_image_size, require_mask_shape, upsample_mask
@@ -88,6 +88,10 @@ class MaskTokenViT(VisionTransformer):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters of two and more dimensions that are not decayed."""
         return super().no_weight_decay() | {"mask_token"}
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """One FSDP unit per block, inside the one that Composer makes of a model's child."""
+        return isinstance(module, Block)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode images of which some patches are hidden.
@@ -186,6 +190,10 @@ class MaskTokenSwin(SwinTransformer):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters of two and more dimensions that are not decayed."""
         return super().no_weight_decay() | {"mask_token"}
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """One FSDP unit per block, inside the one that Composer makes of a model's child."""
+        return isinstance(module, SwinTransformerBlock)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode images of which some patches are hidden.

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from composer.models import ComposerModel
-from timm.models.swin_transformer import SwinTransformerBlock
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from aemim_algorithm.models.mask_token import MaskTokenSwin, MaskTokenViT
@@ -121,10 +119,6 @@ class SimMIM(ComposerModel):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are not decayed, beside vectors: tokens and positions."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """One FSDP unit per block, and one for the encoder, which AEMIM calls on its own."""
-        return isinstance(module, Block | SwinTransformerBlock | MaskTokenViT | MaskTokenSwin)
 
 
 def simmim_vit(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,6 +72,10 @@ class MaskedViT(VisionTransformer):
     def patch_size(self) -> int:
         """Side of a patch, in pixels."""
         return self.patch_embed.patch_size[0]
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """One FSDP unit per block, inside the one that Composer makes of a model's child."""
+        return isinstance(module, Block)
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Encode images, or their visible patches.
