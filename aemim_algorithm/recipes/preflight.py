@@ -119,6 +119,11 @@ def _check_machine(recipe: Recipe) -> None:
         return
     if recipe.precision not in (None, "fp32"):
         raise RecipeError(f"precision={recipe.precision}: expected fp32, as there is no GPU")
+    if recipe.parallelism and world > 1:
+        raise RecipeError(
+            f"parallelism.{next(iter(recipe.parallelism))}: expected null, which is DDP, as there is no GPU: "
+            "between CPUs, gloo sums the gradients that FSDP averages (pytorch#162338)"
+        )
     if recipe.device_train_microbatch_size == "auto":
         raise RecipeError("device_train_microbatch_size=auto: expected a number, as there is no GPU")
 

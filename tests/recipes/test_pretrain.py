@@ -235,6 +235,15 @@ def test_a_batch_that_ranks_cannot_share_is_refused(
         prepare(recipe_in(tmp_path, images))
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
+def test_shards_between_cpus_are_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match=r"parallelism.fsdp2: expected null.*gloo sums the gradients"):
+        prepare(recipe_in(tmp_path, images, "parallelism={fsdp2: null}"))
+
+
 def test_weight_decay_spares_vectors_only(images: Path, tmp_path: Path) -> None:
     """As in MAE's recipe: tokens, which are no vectors by their shape, decay."""
     model = build_parts(recipe_in(tmp_path, images)).model()
