@@ -7,6 +7,8 @@ them loses its adversarial twin without a word.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from composer.algorithms import (
     EMA,
@@ -34,7 +36,7 @@ def prepare_for(aemim: Algorithm, state: State, logger: Logger) -> None:
     """Before the adapters: let algorithms that replace norms go first, refuse what cannot be right.
 
     Composer runs ``LowPrecisionLayerNorm`` after all others, where it would replace the adapters by
-    stock layers: it is applied here instead, and not again.
+    stock layers: it is applied here instead, and its own turn is skipped.
 
     Raises:
         ValueError: If there are two AEMIMs, or an algorithm would replace the adapters.
@@ -55,7 +57,7 @@ def prepare_for(aemim: Algorithm, state: State, logger: Logger) -> None:
         if isinstance(other, _REPLACES_NORMS_LAST):
             if not adapters_of(state.model):
                 type(other).apply(other, Event.INIT, state, logger)  # type: ignore[arg-type]
-            other.apply = _done  # type: ignore[method-assign]
+            other.apply = partial(_skip_once, other)  # type: ignore[method-assign]
 
 
 def copy_again(aemim: Algorithm, state: State, logger: Logger) -> None:
@@ -96,5 +98,6 @@ def _leave_optimizers(parameter: nn.Parameter, optimizers: tuple[Optimizer, ...]
             group["params"] = [other for other in group["params"] if other is not parameter]
 
 
-def _done(event: Event, state: State, logger: Logger) -> None:
-    """What an algorithm that was applied early does when its turn comes."""
+def _skip_once(algorithm: Algorithm, event: Event, state: State, logger: Logger) -> None:
+    """The turn of an algorithm that was applied early; in another Trainer it is itself again."""
+    del algorithm.apply  # the one set on the object; its class has its own

@@ -63,7 +63,7 @@ class EncoderCall:
 class EncoderTap:
     """Records an encoder's calls, injects images into them, and calls it with recorded arguments.
 
-    Idle unless inside :meth:`record` or :meth:`inject`, or between :meth:`start` and :meth:`stop`.
+    Idle unless inside :meth:`inject`, or between :meth:`start` and :meth:`stop`.
 
     Args:
         model: The model that holds the encoder.

@@ -234,6 +234,9 @@ def test_low_precision_layernorm_keeps_the_adapters(first: bool) -> None:
     assert len(norms) == 8
     assert all(isinstance(norm, LPLayerNorm) and isinstance(norm.adversarial, LPLayerNorm) for norm in norms)
     assert_same(clean_part(model.state_dict()), baseline.state.model.state_dict())
+    alone = tiny_mae()
+    fit(alone, other, precision="amp_bf16")  # the same object, in a run without AEMIM
+    assert isinstance(alone.encoder.norm, LPLayerNorm)
 
 
 @pytest.mark.usefixtures("cpu_autocast")

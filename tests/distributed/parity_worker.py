@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
+from composer.models import ComposerModel
 from composer.utils import FSDP2Config, dist, get_device
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -69,12 +70,17 @@ def own_rows(batch: Any) -> Any:
     return take_samples(batch, index, BATCH_SIZE)
 
 
-def run(case: Case, kind: str) -> dict[str, Tensor]:
-    """Train, and gather the full parameters."""
-    setting = setting_of(case)
-    model = with_mask_of_batch(without_randomness(setting.build()))
+def untrained(case: Case) -> ComposerModel:
+    """The model that every process starts from; its copies differ from the clean parameters."""
+    model = with_mask_of_batch(without_randomness(setting_of(case).build()))
     apply_adapters(model)
     perturb(model)
+    return model
+
+
+def run(case: Case, kind: str) -> dict[str, Tensor]:
+    """Train, and gather the full parameters."""
+    setting, model = setting_of(case), untrained(case)
     trainer = Trainer(
         model=model,
         train_dataloader=[own_rows(setting.batch(number)) for number in range(STEPS)],
