@@ -365,8 +365,7 @@ class AEMIM(Algorithm):
             index=share.index,
             precision=precision,
         )
-        if share.weight > 0:
-            self._metrics.update(self._result)
+        self._metrics.update(self._result, counted=share.weight > 0)
         self._range.update(self._result.clean_images)
 
     def _combine(self, model: ComposerModel, loss: Any) -> dict[str, Tensor]:

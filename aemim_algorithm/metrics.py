@@ -24,12 +24,14 @@ class AttackMetrics:
         self._sums: Tensor | None = None
         self._largest: Tensor | None = None
 
-    def update(self, result: AdversarialPass) -> None:
-        """Add the samples of one adversarial pass."""
+    def update(self, result: AdversarialPass, *, counted: bool = True) -> None:
+        """Add the samples of one adversarial pass; none of a pass that only keeps step with other ranks."""
         _, first, *later = result.distances
         last = later[-1] if later else first
         sums = torch.stack([first.sum(), last.sum(), first.new_tensor(float(len(first)))])
         largest = result.perturbation.amax()
+        if not counted:
+            sums, largest = torch.zeros_like(sums), torch.zeros_like(largest)
         self._sums = sums if self._sums is None else self._sums + sums
         self._largest = largest if self._largest is None else self._largest.maximum(largest)
 

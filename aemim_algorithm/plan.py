@@ -25,7 +25,7 @@ class Share:
         index: The samples, shape (samples,), int64; ``None`` for all of them.
         noise: Makes their starting noise.
         weight: Weight of their mean loss: chosen over *expected* samples of the micro-batch. A plain
-            mean would weight samples unequally, and micro-batches would not add up to the batch.
+            mean would weight samples unequally, and micro-batches and ranks would not add up to the batch.
     """
 
     index: Tensor | None
@@ -51,10 +51,12 @@ class BatchPlan:
     _seen: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self._global_size = dist.get_world_size() * self.size
         self._first = dist.get_global_rank() * self.size
-        self._chosen = choose_samples(
-            self.size, self.ratio, seed=self.seed, batch=self.number, first=self._first
-        )
+        # Of the global batch, so that the choice does not depend on the number of ranks.
+        chosen = choose_samples(self._global_size, self.ratio, seed=self.seed, batch=self.number)
+        self._share = len(chosen) / self._global_size
+        self._chosen = chosen[(chosen >= self._first) & (chosen < self._first + self.size)] - self._first
 
     def rewind(self) -> None:
         """Start again with the first micro-batch."""
@@ -79,7 +81,7 @@ class BatchPlan:
                 "batch size from the first tensor of the batch that can be images; put the images first"
             )
         index = self._chosen[(self._chosen >= start) & (self._chosen < start + size)] - start
-        weight = len(index) * self.size / (len(self._chosen) * size)
+        weight = len(index) / (self._share * size)
         if len(index) == 0 and dist.get_world_size() > 1:
             index = torch.zeros(1, dtype=torch.int64)
         if len(index) == 0:

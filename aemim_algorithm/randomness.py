@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["RngState", "choose_samples", "uniform_noise"]
+__all__ = ["RngState", "choose_samples", "uniform", "uniform_noise"]
 
-_NOISE, _CHOICE, _TURN = 1, 2, 3  # streams that must not share a hash
+_NOISE, _CHOICE, _TURN, _SAMPLE = 1, 2, 3, 4  # streams that must not share a hash
 _GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio as int64, the increment of SplitMix64
 
 
@@ -79,32 +79,45 @@ def uniform_noise(shape: torch.Size, *, seed: int, batch: int, positions: Tensor
     return (bits.view(torch.int16)[:, :size].float() / 2**15).view(shape)
 
 
-def choose_samples(size: int, ratio: float, *, seed: int, batch: int, first: int = 0) -> Tensor:
-    """Choose a share of a rank's batch: one sample of every ``1 / ratio`` consecutive ones.
-
-    Every rank chooses the same number, so that they carry equal work, and every sample is as likely. Where
-    the rank's batch divides into equal strata the choice is that of the global batch, whatever the
-    number of ranks.
+def uniform(seeds: Tensor, count: int) -> Tensor:
+    """Uniform numbers that belong to each sample's seed: where the sample lies in a batch changes nothing.
 
     Args:
-        size: Samples of this rank's batch.
+        seeds: Seed of each sample, shape (samples,), int64, well mixed, on the device where the numbers are
+            wanted.
+        count: Numbers for each sample.
+
+    Returns:
+        Numbers in [0, 1), multiples of 2**-24, shape (samples, count), float32.
+    """
+    counter = torch.arange(1, count + 1, device=seeds.device) * _GOLDEN
+    words = _mix(_hash(seeds, _SAMPLE)[:, None] + counter)
+    return (words >> 40 & (1 << 24) - 1).float() / 2**24
+
+
+def choose_samples(size: int, ratio: float, *, seed: int, batch: int) -> Tensor:
+    """Choose a share of a global batch: one sample of every ``1 / ratio`` consecutive ones.
+
+    Where each rank's part divides into whole strata the ranks carry equal work; and every sample is as likely.
+
+    Args:
+        size: Samples of the global batch.
         ratio: Share to choose, in (0, 1].
         seed: The run's seed, the same on every rank.
         batch: Number of the batch in the run.
-        first: Position in the global batch of this rank's first sample.
 
     Returns:
-        Sorted indices into the rank's batch, shape (max(1, round(ratio * size)),), int64, on the CPU.
+        Sorted positions in the global batch, shape (max(1, round(ratio * size)),), int64, on the CPU.
     """
     count = max(1, round(ratio * size))
     edges = torch.arange(count + 1) * size // count
     start, length = edges[:-1], edges.diff()
-    bits = _hash(start + first, _CHOICE, seed, batch)
+    bits = _hash(start, _CHOICE, seed, batch)
     chosen = start + ((bits & 0xFFFFFFFF) * length >> 32)
     if size % count == 0:
         return chosen
     # Strata of unequal length: turn them at random, or samples of the long ones would be rarer.
-    turn = _hash(torch.tensor(first), _TURN, seed, batch) & 0xFFFFFFFF
+    turn = _hash(torch.tensor(0), _TURN, seed, batch) & 0xFFFFFFFF
     return ((chosen + (turn * size >> 32)) % size).sort().values
 
 

@@ -419,7 +419,7 @@ def test_samples_are_chosen_among_the_images_not_the_first_tensor() -> None:
     model, aemim = tiny_mae(), AEMIM(adversarial_ratio=0.5)
     aemim.attach(model)
     result = []
-    aemim._metrics.update = result.append  # type: ignore[method-assign]
+    aemim._metrics.update = lambda given, **_: result.append(given)  # type: ignore[method-assign]
     aemim.training_loss(model, {"anchor": torch.ones(3), "image": normalised_images(8)}, step=0)
     assert len(result[0].images) == 4
 

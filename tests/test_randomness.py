@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aemim_algorithm.randomness import RngState, choose_samples, uniform_noise
+from aemim_algorithm.randomness import RngState, choose_samples, uniform, uniform_noise
 
 
 def noise(positions: Tensor, seed: int = 1, batch: int = 2, size: int = 32) -> Tensor:
@@ -66,10 +66,16 @@ def test_every_sample_is_as_likely(size: int, ratio: float) -> None:
     assert (counts - expected).abs().max() < 4 * deviation
 
 
-def test_ranks_choose_what_one_process_chooses() -> None:
-    whole = choose_samples(32, 0.25, seed=3, batch=7)
-    parts = [choose_samples(8, 0.25, seed=3, batch=7, first=8 * rank) + 8 * rank for rank in range(4)]
-    assert torch.equal(torch.cat(parts), whole)
+def test_uniform_numbers_belong_to_the_seed_of_a_sample() -> None:
+    seeds = torch.tensor([5, -(2**63), 2**63 - 1, 0, 1])
+    whole = uniform(seeds, 1000)
+    assert torch.equal(uniform(seeds[[3, 1]], 1000), whole[[3, 1]])
+    assert torch.equal(uniform(seeds, 10), whole[:, :10])
+    assert whole.min() >= 0
+    assert whole.max() < 1
+    assert torch.corrcoef(whole).fill_diagonal_(0).abs().max() < 0.2
+    counts = torch.histc(uniform(torch.arange(64), 1000), bins=64, min=0, max=1)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 63 + 4 * (2 * 63) ** 0.5
 
 
 def test_rng_state_restores_every_generator() -> None:

@@ -44,7 +44,7 @@ def test_a_quarter_of_the_batch_has_the_mask_of_its_reference(setting: Setting) 
     aemim = AEMIM(epsilon=0, adapter="none", adversarial_ratio=0.25, **setting.arguments)
     model, results = setting.build(), []
     aemim.attach(model)
-    aemim._metrics.update = results.append  # type: ignore[method-assign]
+    aemim._metrics.update = lambda result, **_: results.append(result)  # type: ignore[method-assign]
     aemim.training_loss(model, setting.batch(0), step=0)
     (result,) = results
     assert len(result.images) == 2

@@ -8,7 +8,13 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 
 from aemim_algorithm.models.mask_token import MaskTokenViT
-from aemim_algorithm.models.masking import block_mask, hidden_indices, images_in, require_mask_shape
+from aemim_algorithm.models.masking import (
+    block_mask,
+    hidden_indices,
+    images_in,
+    require_mask_shape,
+    sample_seeds,
+)
 from aemim_algorithm.models.vit import take_tokens
 from aemim_algorithm.validation import require_integer
 
@@ -54,7 +60,7 @@ class BlockMasked(ComposerModel):
             batch: ``(images, labels)``, a dict or any batch in which the images are the first float
                 tensor of shape (batch, 3, height, width); normalised.
             mask: Shape (batch, patches), bool, true where hidden, ``num_hidden`` in each row; drawn in
-                rectangles if ``None``.
+                rectangles if ``None``, from the samples' seeds if the batch has a ``"seed"``.
 
         Returns:
             ``prediction``, shape (batch, num_hidden, out_features), of the hidden patches in raster
@@ -68,6 +74,7 @@ class BlockMasked(ComposerModel):
                 self.num_hidden,
                 min_patches=self.min_block,
                 device=images.device,
+                seeds=sample_seeds(batch),
             )
         require_mask_shape(mask, (len(images), self.num_patches))
         hidden = hidden_indices(mask, self.num_hidden)

@@ -21,6 +21,7 @@ from aemim_algorithm.models.masking import (
     num_visible,
     patchify,
     random_mask,
+    sample_seeds,
     unpatchify,
     visible_indices,
 )
@@ -97,14 +98,20 @@ class MAE(ComposerModel):
             batch: ``(images, labels)``, a dict or any batch in which the images are the first float
                 tensor of shape (batch, 3, height, width); normalised.
             mask: Shape (batch, patches), bool, true where hidden, the same number in each row;
-                drawn at random if ``None``.
+                drawn at random if ``None``, from the samples' seeds if the batch has a ``"seed"``.
 
         Returns:
             ``prediction``, shape (batch, patches, pixels of a patch), and the ``mask``.
         """
         images = images_in(batch)
         if mask is None:
-            mask = random_mask(images.shape[0], self.num_patches, self.mask_ratio, device=images.device)
+            mask = random_mask(
+                images.shape[0],
+                self.num_patches,
+                self.mask_ratio,
+                device=images.device,
+                seeds=sample_seeds(batch),
+            )
         self._require_mask(mask, images.shape[0])
         visible = visible_indices(mask, self.num_visible)
         latent = self.encoder(images, visible)

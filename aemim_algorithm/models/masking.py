@@ -7,10 +7,12 @@ hides the same number of patches, so that the visible ones fill a dense tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from aemim_algorithm.randomness import uniform
 
 __all__ = [
     "block_mask",
@@ -24,6 +26,7 @@ __all__ = [
     "random_mask",
     "require_image_size",
     "require_mask_shape",
+    "sample_seeds",
     "unpatchify",
     "upsample_mask",
     "visible_indices",
@@ -62,13 +65,30 @@ def _search(value: object) -> Tensor | None:
     return None
 
 
+def sample_seeds(batch: object) -> Tensor | None:
+    """The seeds of a batch's samples, from which their masks are drawn, if it has them.
+
+    Masks from the global generators depend on the number of ranks and on the size of a micro-batch; those from
+    seeds belong to the samples.
+
+    Args:
+        batch: A batch; seeds are the int64 tensor of shape (batch,) under the key ``"seed"`` of a mapping.
+
+    Returns:
+        The seeds, or ``None``.
+    """
+    seeds = batch.get("seed") if isinstance(batch, Mapping) else None
+    known = isinstance(seeds, Tensor) and seeds.dtype == torch.int64 and seeds.ndim == 1
+    return seeds if known else None
+
+
 def random_mask(
     batch_size: int,
     num_patches: int,
     mask_ratio: float,
     *,
     device: torch.device | None = None,
-    generator: torch.Generator | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Hide ``num_patches - int(num_patches * (1 - mask_ratio))`` patches of each image at random.
 
@@ -77,16 +97,23 @@ def random_mask(
         num_patches: Number of patches of one image.
         mask_ratio: Share of the patches to hide, in [0, 1).
         device: Where the mask is made.
-        generator: Source of randomness; the global one if ``None``.
+        seeds: One for each image, shape (batch,), int64; ``None`` draws from the global generator.
 
     Returns:
         Mask of shape (batch, patches), bool, true where hidden.
     """
-    # Not torch.rand: given a generator, even None, it does not compile for a second batch size.
-    noise = torch.empty(batch_size, num_patches, device=device).uniform_(generator=generator)
-    visible = noise.argsort(dim=1)[:, : num_visible(num_patches, mask_ratio)]
-    mask = torch.ones(batch_size, num_patches, dtype=torch.bool, device=device)
+    noise = _draw(batch_size, num_patches, device, seeds)
+    visible = noise.argsort(dim=1, stable=True)[:, : num_visible(num_patches, mask_ratio)]
+    mask = torch.ones(batch_size, num_patches, dtype=torch.bool, device=noise.device)
     return mask.scatter_(1, visible, False)
+
+
+def _draw(batch_size: int, count: int, device: torch.device | None, seeds: Tensor | None) -> Tensor:
+    """Uniform numbers in [0, 1), shape (batch, count), float32."""
+    if seeds is not None:
+        return uniform(seeds, count)
+    # Not torch.rand: given a generator, even None, it does not compile for a second batch size.
+    return torch.empty(batch_size, count, device=device).uniform_()
 
 
 def block_mask(
@@ -97,13 +124,13 @@ def block_mask(
     min_patches: int = 16,
     max_aspect: float = 1 / 0.3,
     device: torch.device | None = None,
-    generator: torch.Generator | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Hide exactly ``num_hidden`` patches of each image in rectangles (BEiT, arXiv 2106.08254, Algorithm 1).
 
     Rectangles of random area, aspect ratio and place are hidden until enough is. The paper's last one may
-    hide too much; here it loses rows at one side, so that every image hides the same number. Every random
-    number is drawn from torch's generator, and as many for any outcome, so that nothing waits for a device.
+    hide too much; here it loses rows at one side, so that every image hides the same number. As many
+    random numbers are drawn for any outcome, so that nothing waits for a device.
 
     Args:
         batch_size: Number of images.
@@ -113,7 +140,7 @@ def block_mask(
         max_aspect: Largest ratio of height to width and of width to height, at least 1; its logarithm is
             drawn evenly. A rectangle longer than the image is cut to its size.
         device: Where the mask is made.
-        generator: Source of randomness; the global one if ``None``.
+        seeds: One for each image, shape (batch,), int64; ``None`` draws from the global generator.
 
     Returns:
         Mask of shape (batch, patches), bool, true where hidden.
@@ -121,7 +148,8 @@ def block_mask(
     rows, columns = grid
     # So many that very few images lack a patch at the end: at 40% hidden fewer than one in 10,000.
     blocks = math.ceil(8 * min(8.0, rows * columns / max(1, rows * columns - num_hidden)))
-    draws = torch.rand(blocks + 1, 4, batch_size, 1, 1, device=device, generator=generator)
+    draws = _draw(batch_size, (blocks + 1) * 4, device, seeds).T.reshape(blocks + 1, 4, batch_size, 1, 1)
+    device = draws.device
     hidden = torch.zeros(batch_size, rows, columns, dtype=torch.bool, device=device)
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)

@@ -21,6 +21,7 @@ from aemim_algorithm.models.masking import (
     patchify,
     random_mask,
     require_mask_shape,
+    sample_seeds,
     unpatchify,
     upsample_mask,
 )
@@ -68,14 +69,21 @@ class SimMIM(ComposerModel):
         Args:
             batch: ``(images, labels)``, a dict or any batch in which the images are the first float
                 tensor of shape (batch, 3, height, width); normalised.
-            mask: Shape (batch, mask patches), bool, true where hidden; drawn at random if ``None``.
+            mask: Shape (batch, mask patches), bool, true where hidden; drawn at random if ``None``,
+                from the samples' seeds if the batch has a ``"seed"``.
 
         Returns:
             ``prediction``, shape (batch, 3, height, width), and the ``mask``.
         """
         images, encoder = images_in(batch), self.encoder
         if mask is None:
-            mask = random_mask(images.shape[0], self.num_patches, self.mask_ratio, device=images.device)
+            mask = random_mask(
+                images.shape[0],
+                self.num_patches,
+                self.mask_ratio,
+                device=images.device,
+                seeds=sample_seeds(batch),
+            )
         require_mask_shape(mask, (images.shape[0], self.num_patches))
         hidden = upsample_mask(mask, self.mask_grid, self.mask_patch_size // encoder.patch_size)
         features = encoder(images, hidden)[:, encoder.num_prefix_tokens :]

@@ -13,8 +13,7 @@ from aemim_algorithm.models.masking import block_mask, random_mask
 
 
 def masks(count: int, grid: tuple[int, int] = (14, 14), hidden: int = 75, **options: float) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    found = block_mask(count, grid, hidden, generator=generator, **options)  # type: ignore[arg-type]
+    found = block_mask(count, grid, hidden, seeds=torch.arange(count), **options)  # type: ignore[arg-type]
     return found.view(count, *grid)
 
 
