@@ -37,7 +37,6 @@ __all__ = [
     "copies_of_buffers",
     "preserved_buffers",
     "remove_adapters",
-    "require_no_checkpointing",
     "require_same_adapters",
 ]
 
@@ -209,23 +208,6 @@ def preserved_buffers(model: nn.Module, *, clean_only: bool = False) -> Iterator
     finally:
         for owner, buffers in zip(owners, kept, strict=True):
             owner._buffers.update(buffers)
-
-
-def require_no_checkpointing(model: nn.Module) -> None:
-    """Refuse activation checkpointing: it recomputes in backward, when the mode is already back.
-
-    Raises:
-        ValueError: If a module of ``model`` is checkpointed, by torch's wrapper, timm or Hugging Face.
-    """
-    for name, module in model.named_modules():
-        wrapped = type(module).__name__ == "CheckpointWrapper"
-        flags = (getattr(module, flag, False) for flag in ("grad_checkpointing", "gradient_checkpointing"))
-        if wrapped or any(flag is True for flag in flags):
-            raise ValueError(
-                f"AEMIM cannot train with activation checkpointing yet (found at {name or 'the model'!r}): "
-                "the recomputed pass would use the wrong adapters, and gradients would be silently wrong; "
-                "turn it off and lower device_train_microbatch_size instead"
-            )
 
 
 def require_same_adapters(model: nn.Module, adapter: str) -> None:

@@ -37,7 +37,6 @@ from aemim_algorithm.adapters import (
     adversarial_mode,
     apply_adapters,
     preserved_buffers,
-    require_no_checkpointing,
     require_same_adapters,
 )
 from aemim_algorithm.branch import AdversarialBranch, AdversarialPass
@@ -45,18 +44,21 @@ from aemim_algorithm.checkpoints import adapt_state_dict, argument_differences
 from aemim_algorithm.composition import (
     copy_again,
     freeze_twins,
+    prepare_compiled,
     prepare_for,
-    repeat_randomness_when_compiled,
 )
+from aemim_algorithm.finite import FiniteCheck
 from aemim_algorithm.injection import EncoderTap
 from aemim_algorithm.losses import DISTANCES, total_loss
-from aemim_algorithm.metrics import AttackMetrics, FiniteLossCheck, PixelRangeCheck
+from aemim_algorithm.metrics import AttackMetrics, PixelRangeCheck
 from aemim_algorithm.plan import BatchPlan, noise_of
 from aemim_algorithm.randomness import RngState
+from aemim_algorithm.recomputation import repeat_what_forward_saw
 from aemim_algorithm.repeat import RepeatedBatch
 from aemim_algorithm.samples import first_dimension
 from aemim_algorithm.schedule import Schedule, largest, parse_schedule, schedule_text, value_at
 from aemim_algorithm.search import find_encoder, resolve_encoder
+from aemim_algorithm.sharding import require_one_synchronisation
 from aemim_algorithm.validation import (
     require_choice,
     require_integer,
@@ -128,7 +130,7 @@ class AEMIM(Algorithm):
         self._plan: BatchPlan | None = None
         self._result: AdversarialPass | None = None
         self._now: dict[str, float] = {}
-        self._metrics, self._finite = AttackMetrics(), FiniteLossCheck()
+        self._metrics = AttackMetrics()
         self._range = PixelRangeCheck(self.mean, self.std)
         self._repeated = RepeatedBatch()
         self._num_adapters, self._checked = 0, False
@@ -184,8 +186,8 @@ class AEMIM(Algorithm):
             ValueError: If the model has no encoder, nothing to adapt, or checkpoints its activations.
         """
         path = self.encoder or find_encoder(model, channels=len(self.mean))
-        resolve_encoder(model, path)  # before anything is changed
-        require_no_checkpointing(model)
+        owner, _, encoder = resolve_encoder(model, path)  # before anything is changed
+        repeat_what_forward_saw(model, encoder if isinstance(encoder, torch.nn.Module) else owner)
         require_same_adapters(model, self.adapter)
         self._num_adapters = apply_adapters(model, self.adapter, optimizers)
         if self._model is not model:
@@ -266,9 +268,16 @@ class AEMIM(Algorithm):
             )
 
     def _on_init(self, state: State, logger: Logger) -> None:
+        if state.fsdp_enabled and not adapters_of(state.model):
+            raise ValueError(
+                "FSDP has sharded the model before AEMIM could add its adapters, as when a checkpoint brings "
+                "AEMIM along: pass AEMIM to the Trainer, algorithms=[AEMIM(...)]"
+            )
         prepare_for(self, state, logger)
         self.attach(_unwrapped(state.model), state.optimizers)
         copy_again(self, state, logger)
+        if not any(isinstance(callback, FiniteCheck) for callback in state.callbacks):
+            state.callbacks.append(FiniteCheck())
 
     def _on_batch_start(self, state: State, logger: Logger) -> None:
         if not self._checked:  # the model is wrapped and compiled by now
@@ -281,12 +290,13 @@ class AEMIM(Algorithm):
         self._repeated.start_attempt(state)
         self._get_branch().cancel()
         self._get_plan().rewind()
-        self._metrics, self._finite, self._result = AttackMetrics(), FiniteLossCheck(), None
+        self._metrics, self._result = AttackMetrics(), None
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
         self._get_branch().start()
 
     def _on_after_forward(self, state: State, logger: Logger) -> None:
+        require_one_synchronisation(state.model)
         # Events run outside of the Trainer's autocast.
         precision = partial(get_precision_context, state.precision, state.precision_config)
         self._run_branch(_unwrapped(state.model), state.batch, state.outputs, precision)
@@ -297,10 +307,8 @@ class AEMIM(Algorithm):
     def _on_after_loss(self, state: State, logger: Logger) -> None:
         with get_precision_context(state.precision, state.precision_config):
             state.loss = self._combine(_unwrapped(state.model), state.loss)
-        self._finite.update(state.loss)
 
     def _on_after_train_batch(self, state: State, logger: Logger) -> None:
-        self._finite.require_finite(int(state.timestamp.batch))
         self._range.warn_once()
         scheduled = {
             f"aemim/{name}": self.present(name)
@@ -326,9 +334,9 @@ class AEMIM(Algorithm):
 
     def _check_model(self, model: torch.nn.Module) -> None:
         """What can be seen only after INIT, before the first batch."""
-        require_no_checkpointing(model)
-        repeat_randomness_when_compiled(_unwrapped(model))
-        self._get_branch().tap.require_gathered(model)
+        checkpointed = repeat_what_forward_saw(model, self._get_branch().tap.module)
+        prepare_compiled(_unwrapped(model), checkpointed=checkpointed > 0)
+        self._get_branch().tap.prepare_sharded(_unwrapped(model))
         if len(adapters_of(model)) < self._num_adapters:
             raise ValueError(
                 "another algorithm has replaced adapters of AEMIM: pass AEMIM after it in algorithms=[...]"

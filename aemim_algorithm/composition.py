@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from aemim_algorithm.adapters import adapters_of
 
-__all__ = ["copy_again", "freeze_twins", "prepare_for", "repeat_randomness_when_compiled"]
+__all__ = ["copy_again", "freeze_twins", "prepare_compiled", "prepare_for"]
 
 _COPIES_THE_MODEL = (EMA, SWA)
 _REPLACES_NORMS_LAST = (LowPrecisionLayerNorm, LowPrecisionGroupNorm)
@@ -82,14 +82,27 @@ def freeze_twins(state: State) -> None:
                     _leave_optimizers(parameter, state.optimizers)
 
 
-def repeat_randomness_when_compiled(model: nn.Module) -> None:
+def prepare_compiled(model: nn.Module, *, checkpointed: bool) -> None:
     """Make compiled code draw what eager code draws: masks that are drawn inside must repeat.
 
     The attack calls the encoder outside of the compiled forward. Inductor's own generator would give
     it other masks, silently.
+
+    Args:
+        model: The model, unwrapped, compiled or not.
+        checkpointed: Whether activations are recomputed in backward.
+
+    Raises:
+        ValueError: If it is compiled and recomputes: dynamo takes no contexts for that.
     """
-    if hasattr(model.forward, "_torchdynamo_orig_callable"):
-        torch._inductor.config.fallback_random = True
+    if not hasattr(model.forward, "_torchdynamo_orig_callable"):
+        return
+    if checkpointed:
+        raise ValueError(
+            "activation checkpointing in a compiled model: its recomputation could not be given the right "
+            "adapters; leave out compile_config, or the checkpointing"
+        )
+    torch._inductor.config.fallback_random = True
 
 
 def _leave_optimizers(parameter: nn.Parameter, optimizers: tuple[Optimizer, ...]) -> None:

@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.samples import map_tensors, take_samples
 from aemim_algorithm.search import candidates, resolve_encoder
-from aemim_algorithm.sharding import is_sharded, make_fsdp_unit
+from aemim_algorithm.sharding import gathering, keep_images_exact, make_fsdp_unit
 
 __all__ = ["EncoderCall", "EncoderTap", "feature_dim", "first_tensor"]
 
@@ -77,8 +79,10 @@ class EncoderTap:
         self.path = path
         owner, name, self._encoder = resolve_encoder(model, path)
         # A method answers for its module.
-        self._module: nn.Module | None = self._encoder if isinstance(self._encoder, nn.Module) else owner
-        make_fsdp_unit(model, self._module)
+        self.module: nn.Module | None = self._encoder if isinstance(self._encoder, nn.Module) else owner
+        self._gathering_encoder = self._encoder  # what the attack calls
+        make_fsdp_unit(model, self.module)
+        self._hook: RemovableHandle | None = None
         self._hint = candidates(model)
         self._recording, self._calls = False, 0
         self._injected: tuple[Tensor, RngState] | None = None
@@ -86,23 +90,36 @@ class EncoderTap:
         self._entered: tuple[tuple[Any, ...], dict[str, Any], int | str, RngState] | None = None
         self._call: EncoderCall | None = None
         if isinstance(self._encoder, nn.Module):
-            # First in, last out: other hooks on the encoder see what it really gets and gives.
-            self._encoder.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+            self._enter_first(self._encoder)
             self._encoder.register_forward_hook(self._leave)
         else:
             setattr(owner, name, functools.partial(self._call_method, self._encoder))
 
-    def require_gathered(self, model: nn.Module) -> None:
-        """Refuse a method of a model that is sharded: FSDP gathers parameters for a module's forward only.
+    def prepare_sharded(self, model: nn.Module) -> None:
+        """Let the encoder find its parameters gathered and its images exact where FSDP has the model.
+
+        Args:
+            model: The model as it trains, its parts wrapped by FSDP; without DDP's wrapper.
 
         Raises:
-            ValueError: If the encoder is a method and FSDP has part of ``model``.
+            ValueError: If FSDP1 has sharded it, and the encoder is a method.
         """
-        if not isinstance(self._encoder, nn.Module) and is_sharded(model):
-            raise ValueError(
-                f"the encoder {self.path!r} is a method, which cannot be called on a model that FSDP has "
-                "sharded: pass AEMIM(encoder=...) a module, or train with DDP"
-            )
+        if self.module is None:
+            return
+        is_method = not isinstance(self._encoder, nn.Module)
+        keep_images_exact(model, self.module, also_inside=is_method)
+        if is_method:
+            self._gathering_encoder = gathering(model, self.module, self._encoder)
+        elif isinstance(self.module, FSDPModule):
+            self._enter_first(self._encoder)  # before FSDP casts the images
+        else:
+            self._gathering_encoder = resolve_encoder(model, self.path)[2]  # FSDP1's wrapper, if it is there
+
+    def _enter_first(self, encoder: nn.Module) -> None:
+        """First in, last out: other hooks on the encoder see what it really gets and gives."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = encoder.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
 
     def start(self) -> None:
         """Record the next call, until :meth:`stop`; forgets what was recorded before."""
@@ -144,7 +161,7 @@ class EncoderTap:
 
     def sees_the_batch(self) -> bool:
         """Whether features depend on the other samples: batch normalization, in training mode."""
-        modules = self._module.modules() if self._module is not None else ()
+        modules = self.module.modules() if self.module is not None else ()
         return any(module.training for module in modules if isinstance(module, _BatchNorm))
 
     @contextmanager
@@ -172,7 +189,7 @@ class EncoderTap:
         """Call the encoder as it was called before, randomness included, with other images."""
         call.rng.restore()
         args, kwargs = _replace_image(call.args, call.kwargs, call.slot, images)
-        features = first_tensor(self._encoder(*args, **kwargs))
+        features = first_tensor(self._gathering_encoder(*args, **kwargs))
         assert features is not None  # the recorded call has returned some
         return features
 
@@ -204,7 +221,7 @@ class EncoderTap:
                 "floating-point tensor: pass AEMIM(encoder=...) a module that returns features"
             )
         unchanged = rng == RngState.capture()
-        dim = feature_dim(self._module, features)
+        dim = feature_dim(self.module, features)
         self._call = EncoderCall(args, kwargs, slot, rng, features.detach(), dim, unchanged)
 
     def _call_method(self, method: Any, *args: Any, **kwargs: Any) -> Any:
@@ -228,7 +245,8 @@ class EncoderTap:
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderTap:
         # A copied model (EMA, SWA) must not inject or record; its hooks point to an idle tap.
         copied = object.__new__(EncoderTap)
-        copied.__dict__ = self.__getstate__() | {"_encoder": None, "_module": None}
+        parts = ("_encoder", "_gathering_encoder", "_hook", "module")
+        copied.__dict__ = self.__getstate__() | dict.fromkeys(parts)
         return copied
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from composer.utils import dist
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from aemim_algorithm.attack import outside_pixel_range
 from aemim_algorithm.branch import AdversarialPass
-from aemim_algorithm.losses import total_loss
 
-__all__ = ["AttackMetrics", "FiniteLossCheck", "PixelRangeCheck"]
+__all__ = ["AttackMetrics", "PixelRangeCheck"]
 
 
 class AttackMetrics:
@@ -80,40 +78,4 @@ class PixelRangeCheck:
                 f"mean={self.mean} and std={self.std}: pass AEMIM(mean=..., std=...) the values that "
                 "the images were normalised with, or epsilon will not be 1/255 of the pixel range",
                 stacklevel=2,
-            )
-
-
-class FiniteLossCheck:
-    """Finds the branch in which a loss became NaN or infinite, before the optimizer steps on it."""
-
-    def __init__(self) -> None:
-        self._finite: dict[str, Tensor] = {}
-
-    def update(self, loss: Any) -> None:
-        """Look at the loss of a micro-batch: a tensor, a sequence, or a dict with named parts."""
-        parts = dict(loss) if isinstance(loss, Mapping) else {"training": total_loss(loss)}
-        for name, value in parts.items():
-            finite = value.detach().isfinite().all()
-            self._finite[name] = finite & self._finite.get(name, finite)
-
-    def require_finite(self, batch: int) -> None:
-        """Raise on every rank alike if any rank's loss was not finite; then start afresh.
-
-        Args:
-            batch: Number of the batch, for the message.
-
-        Raises:
-            FloatingPointError: If a loss was NaN or infinite; names the batch and the branch.
-        """
-        if not self._finite:
-            return
-        names, flags = list(self._finite), torch.stack(list(self._finite.values())).int()
-        self._finite = {}
-        dist.all_reduce(flags, reduce_operation="MIN")
-        broken = [n for n, flag in zip(names, flags.tolist(), strict=True) if not flag and n != "total"]
-        if not all(flags.tolist()):
-            raise FloatingPointError(
-                f"batch {batch}: the {' and the '.join(broken or ['total'])} loss is NaN or infinite; "
-                "the optimizer was not stepped. Resume from the last checkpoint with a lower learning "
-                "rate, gradient clipping, or precision amp_bf16 instead of amp_fp16"
             )

@@ -98,7 +98,7 @@ def uniform(seeds: Tensor, count: int) -> Tensor:
 def choose_samples(size: int, ratio: float, *, seed: int, batch: int) -> Tensor:
     """Choose a share of a global batch: one sample of every ``1 / ratio`` consecutive ones.
 
-    Where each rank's part divides into whole strata the ranks carry equal work; and every sample is as likely.
+    Every sample is as likely. Where each rank's part divides into whole strata the ranks carry equal work.
 
     Args:
         size: Samples of the global batch.

@@ -140,8 +140,9 @@ ELSEWHERE = [
     ),
     Verdict(
         "activation checkpointing",
-        "refused: the recomputed pass would use the wrong adapters",
-        "test_algorithm.py::test_activation_checkpointing_is_refused",
+        "the gradients without it: Composer's, torch's wrapper and Hugging Face's, without reentrance; timm's own "
+        "is refused",
+        "test_recomputation.py::test_gradients_are_those_without_checkpointing",
     ),
     Verdict(
         "`device_train_microbatch_size`",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import resource
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +21,9 @@ from aemim_algorithm.adapters import adversarial_parameters
 from aemim_algorithm.models import MAE
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
+# Streaming keeps the shared memory of each data set open until the process ends.
+_hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
 
 
 def normalised_images(count: int, size: int = 16, seed: int = 0) -> Tensor:
@@ -61,6 +67,19 @@ def assert_same(one: Mapping[str, Any], other: Mapping[str, Any], rtol: float = 
         if not torch.allclose(value, other[name], rtol=rtol, atol=rtol / 10, equal_nan=True)
     }
     assert not differing, differing
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """No file of this process can grow beyond a number of bytes, as on a full disk."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def clean_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
 from conftest import assert_same, clean_part, fit, loader, normalised_images, perturb, tiny_mae
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -390,29 +389,6 @@ def test_a_nan_stops_the_run_before_the_step_and_names_batch_and_branch(poisoned
         fit(model, aemim)
     assert "\n" not in str(error.value)
     assert all(torch.equal(v, before[n]) or v.isnan().any() for n, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", ["wrapper", "timm"])
-def test_activation_checkpointing_is_refused(kind: str) -> None:
-    """It recomputes in backward, when the adapters are the clean ones again: silent wrong gradients."""
-    model = tiny_mae()
-    if kind == "timm":
-        model.encoder.set_grad_checkpointing(True)
-    else:
-        model.decoder.blocks[0] = checkpoint_wrapper(model.decoder.blocks[0])
-    with pytest.raises(ValueError, match="cannot train with activation checkpointing yet"):
-        AEMIM().attach(model)
-    aemim, late = AEMIM(), tiny_mae()
-
-    class Wrap(Algorithm):  # as Composer does it, after INIT
-        def match(self, event: Event, state: State) -> bool:
-            return event == Event.FIT_START
-
-        def apply(self, event: Event, state: State, logger: Any) -> None:
-            state.model.decoder.blocks[0] = checkpoint_wrapper(state.model.decoder.blocks[0])
-
-    with pytest.raises(ValueError, match="activation checkpointing yet .found at 'decoder.blocks.0'"):
-        fit(late, aemim, Wrap())
 
 
 def test_samples_are_chosen_among_the_images_not_the_first_tensor() -> None:

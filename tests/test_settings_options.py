@@ -70,7 +70,7 @@ def test_every_option_keeps_the_invariants_of_a_step(setting: Setting) -> None:
         aemim = AEMIM(loss_ratio=0.0, epsilon=4.0, **options, **setting.arguments)
         model = perturbed(aemim, without_randomness(setting.build()))
         results: list[Any] = []
-        aemim._metrics.update = lambda result, **_: results.append(result)  # type: ignore[method-assign]
+        aemim._metrics.update = lambda result, kept=results, **_: kept.append(result)  # type: ignore[method-assign]
         losses = aemim.training_loss(model, batch, step=1)
         assert losses["total"].isfinite(), options
         assert torch.equal(losses["total"].detach(), losses["adversarial"])

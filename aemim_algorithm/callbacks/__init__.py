@@ -1,6 +1,8 @@
-"""Composer callbacks: pictures of reconstructions, and a guard against losses that are not finite."""
+"""Composer callbacks: pictures, whole checkpoints, counted broken images, a guard against NaN."""
 
-from aemim_algorithm.callbacks.finite_loss import FiniteLoss
+from aemim_algorithm.callbacks.atomic_checkpoints import AtomicCheckpoints
+from aemim_algorithm.callbacks.broken_images import BrokenImages
 from aemim_algorithm.callbacks.pictures import ReconstructionPictures
+from aemim_algorithm.finite import FiniteCheck
 
-__all__ = ["FiniteLoss", "ReconstructionPictures"]
+__all__ = ["AtomicCheckpoints", "BrokenImages", "FiniteCheck", "ReconstructionPictures"]

@@ -93,7 +93,10 @@ class ReconstructionPictures(Callback):
             folder = Path(self.folder.format(run_name=state.run_name))
             folder.mkdir(parents=True, exist_ok=True)
             figure = _grid(pictures, self.mean, self.std, aemim, f"batch {int(state.timestamp.batch)}")
-            figure.savefig(folder / f"batch{int(state.timestamp.batch):07d}.png", dpi=100)
+            path = folder / f"batch{int(state.timestamp.batch):07d}.png"
+            partial = path.with_name(f".{path.name}.partial")
+            figure.savefig(partial, dpi=100, format="png")
+            partial.replace(path)  # there is no half a picture
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from composer import Trainer
 from composer.core import Callback, State
 from composer.loggers import Logger
-from composer.utils import reproducibility
+from composer.utils import dist, reproducibility
 
 __all__ = ["RestoredRandomness"]
 
@@ -23,7 +24,22 @@ class RestoredRandomness(Callback):
         self._saved: Any = None
 
     def take_over(self, trainer: Trainer) -> None:
-        """Take from a Trainer that has loaded a checkpoint what it would not restore."""
+        """Take from a Trainer that has loaded a checkpoint what it would not restore.
+
+        Another number of processes has no states of its own: it starts from a seed that belongs to the batch,
+        with a warning.
+        """
+        state, saved = trainer.state, trainer._rng_state
+        if saved is not None and len(saved) != dist.get_world_size():
+            trainer._rng_state = None
+            reproducibility.seed_all((state.seed + 1_000_003 * int(state.timestamp.batch)) % 2**32)
+            if dist.get_global_rank() == 0:
+                warnings.warn(
+                    f"the checkpoint was saved by {len(saved)} processes and {dist.get_world_size()} go on: "
+                    "samples, crops, masks and noise are those of the run; what a model draws, such as "
+                    "dropout, is not",
+                    stacklevel=2,
+                )
         if "train" in trainer.state.dataset_resumption and trainer.state.timestamp.batch_in_epoch > 0:
             self._saved, trainer._rng_state = trainer._rng_state, None
 

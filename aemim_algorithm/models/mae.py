@@ -217,6 +217,10 @@ class MAEDecoder(nn.Module):
         """One FSDP unit per block, inside the one that Composer makes of a model's child."""
         return isinstance(module, Block)
 
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """What is recomputed in backward under Composer's ``activation_checkpointing``: each block."""
+        return isinstance(module, Block)
+
     def forward(self, latent: Tensor, visible: Tensor) -> Tensor:
         """Predict the pixels of every patch.
 

@@ -93,6 +93,10 @@ class MaskTokenViT(VisionTransformer):
         """One FSDP unit per block, inside the one that Composer makes of a model's child."""
         return isinstance(module, Block)
 
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """What is recomputed in backward under Composer's ``activation_checkpointing``: each block."""
+        return isinstance(module, Block)
+
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Encode images of which some patches are hidden.
 
@@ -193,6 +197,10 @@ class MaskTokenSwin(SwinTransformer):
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """One FSDP unit per block, inside the one that Composer makes of a model's child."""
+        return isinstance(module, SwinTransformerBlock)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """What is recomputed in backward under Composer's ``activation_checkpointing``: each block."""
         return isinstance(module, SwinTransformerBlock)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:

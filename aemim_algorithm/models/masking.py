@@ -68,8 +68,8 @@ def _search(value: object) -> Tensor | None:
 def sample_seeds(batch: object) -> Tensor | None:
     """The seeds of a batch's samples, from which their masks are drawn, if it has them.
 
-    Masks from the global generators depend on the number of ranks and on the size of a micro-batch; those from
-    seeds belong to the samples.
+    Masks from the global generators depend on the number of ranks and on the size of a micro-batch; those
+    from seeds belong to the samples.
 
     Args:
         batch: A batch; seeds are the int64 tensor of shape (batch,) under the key ``"seed"`` of a mapping.

@@ -77,6 +77,10 @@ class MaskedViT(VisionTransformer):
         """One FSDP unit per block, inside the one that Composer makes of a model's child."""
         return isinstance(module, Block)
 
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """What is recomputed in backward under Composer's ``activation_checkpointing``: each block."""
+        return isinstance(module, Block)
+
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Encode images, or their visible patches.
 

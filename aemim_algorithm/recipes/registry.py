@@ -19,13 +19,14 @@ import composer.loggers
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
-from composer.utils import FSDP2Config, FSDPConfig
+from composer.utils import FSDPConfig
 
 from aemim_algorithm.algorithm import AEMIM
 from aemim_algorithm.callbacks import ReconstructionPictures
 from aemim_algorithm.models import MODELS
 from aemim_algorithm.recipes.layers import RecipeError, first_line, known_names
 from aemim_algorithm.recipes.options import check_options
+from aemim_algorithm.recipes.parallel import HybridFSDP2Config
 from aemim_algorithm.recipes.schema import Recipe
 
 __all__ = [
@@ -161,7 +162,7 @@ def _parallelism(named: Mapping[str, dict[str, Any] | None] | None) -> dict[str,
     """Composer's form: under the key ``fsdp`` in both cases, the class tells which one it is."""
     if not named:
         return None
-    known: dict[str, Builder] = {"fsdp2": FSDP2Config, "fsdp": FSDPConfig}
+    known: dict[str, Builder] = {"fsdp2": HybridFSDP2Config, "fsdp": FSDPConfig}
     if len(named) > 1:
         raise RecipeError(f"parallelism: expected one of {', '.join(known)}, got {list(named)}")
     ((name, options),) = named.items()
@@ -172,4 +173,6 @@ def _parallelism(named: Mapping[str, dict[str, Any] | None] | None) -> dict[str,
             f"parallelism.{name}.load_monolith_rank0_only=true: leaves wrong weights on all ranks "
             "but the first; leave it out"
         )
-    return {"fsdp": known[name](**check_options(known[name], options or {}, key=f"parallelism.{name}"))}
+    # One file, which any number of processes, DDP, FSDP and `aemim export` read.
+    given = {"state_dict_type": "full"} | (options or {})
+    return {"fsdp": known[name](**check_options(known[name], given, key=f"parallelism.{name}"))}
