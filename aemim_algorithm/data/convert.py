@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -24,6 +25,7 @@ import torch
 from torchvision.io import encode_jpeg, encode_png
 from tqdm import tqdm
 
+from aemim_algorithm.data.abandoned import held
 from aemim_algorithm.data.shards import (
     Conversion,
     ConversionError,
@@ -92,7 +94,8 @@ def convert(
         )
     rejects = Rejects(report_path(out), tolerated=skip_broken)
     # The stage is the outer one: it also explains a disk that is full while a tar is unpacked.
-    with staged(out) as stage, TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    unpacked = partial(TemporaryDirectory, dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
+    with staged(out) as stage, unpacked() as scratch, held(Path(scratch)):
         listing = open_source(source, split=split, scratch=Path(scratch))
         check_space(out, listing.size if resize is None else 0)
         samples = _samples(listing, resize, workers or os.cpu_count() or 1, progress, rejects)

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from aemim_algorithm.data.shards import Conversion, ConversionError, existing, staged, write_shards
+from aemim_algorithm.data.transforms import MIN_SIDE
 from aemim_algorithm.validation import require_integer
 
 __all__ = ["PHOTOS", "crop_boxes", "load_photos", "write_photos"]
@@ -68,11 +69,11 @@ def write_photos(
         What `out/train` and `out/test` hold.
 
     Raises:
-        ValueError: An argument is below 1 (`seed`: below 0), scikit-image lacks a photograph, the
-            disk is full, or something else is at `out`.
+        ValueError: An argument is below 1 (`seed`: below 0, `size`: below 8, the smallest that can be read
+            again), scikit-image lacks a photograph, the disk is full, or something else is at `out`.
     """
     for name, value, low in (
-        ("size", size, 1),
+        ("size", size, MIN_SIDE),
         ("train_crops", train_crops, 1),
         ("test_crops", test_crops, 1),
         ("seed", seed, 0),

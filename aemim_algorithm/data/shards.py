@@ -1,4 +1,4 @@
-"""Folders of MDS shards: written whole or not at all, described, and checked before use.
+"""Folders of MDS shards: written whole or not at all, and described.
 
 Everything is written into a hidden folder beside the target and renamed at the end, so a folder
 of shards that exists is complete. `conversion.json` in it tells what it was made from.
@@ -19,13 +19,14 @@ from typing import Any
 
 from streaming import MDSWriter
 
+from aemim_algorithm.data.abandoned import held, remove_abandoned
+
 __all__ = [
     "COLUMNS",
     "DESCRIPTION",
+    "HASH",
     "Conversion",
     "ConversionError",
-    "check_columns",
-    "check_shards",
     "check_space",
     "existing",
     "staged",
@@ -34,6 +35,7 @@ __all__ = [
 
 COLUMNS = {"image": "bytes", "label": "int"}
 DESCRIPTION = "conversion.json"
+HASH = "xxh64"  # of each shard, in the index: for accidents, not for attacks, and as fast as memory
 
 
 class ConversionError(ValueError):
@@ -75,7 +77,7 @@ def write_shards(
     Returns:
         What was written.
     """
-    writer = MDSWriter(out=str(folder), columns=COLUMNS)
+    writer = MDSWriter(out=str(folder), columns=COLUMNS, hashes=[HASH])
     count = 0
     try:
         for image, label in samples:
@@ -134,10 +136,12 @@ def staged(out: Path) -> Iterator[Path]:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = out.parent / f".{out.name}.{os.getpid()}.partial"
+    remove_abandoned(out)
     stage.mkdir()
     try:
-        yield stage
-        _publish(stage, out)
+        with held(stage):
+            yield stage
+            _publish(stage, out)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -173,45 +177,3 @@ def _disk_full(out: Path, detail: str) -> str:
         f"disk full while writing {out}: {free:,.1f} MiB free, {detail}; "
         "nothing is left behind: free some space or choose another disk"
     )
-
-
-def check_shards(folder: Path) -> list[dict[str, Any]]:
-    """Check that local shards are all there: at a gap streaming ends the epoch early, or hangs.
-
-    Args:
-        folder: Folder of the shards.
-
-    Returns:
-        The shards as the index describes them; at least one.
-
-    Raises:
-        ValueError: There is no index, a shard is missing or cut short, or there are no samples.
-    """
-    index = folder / "index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} has no index.json: expected shards that `aemim data` wrote")
-    try:
-        shards: list[dict[str, Any]] = json.loads(index.read_text(encoding="utf-8"))["shards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is no index of shards: write the shards again") from error
-    if not sum(shard["samples"] for shard in shards):
-        raise ValueError(f"{folder} has no samples: write the shards again")
-    for shard in shards:
-        files = [shard[kind] for kind in ("raw_data", "zip_data") if shard.get(kind)]
-        if not any(_has_size(folder / file["basename"], file["bytes"]) for file in files):
-            name = files[0]["basename"]
-            raise ValueError(f"{folder}: {name} is missing or cut short: get it again")
-    return shards
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-def check_columns(folder: str, columns: list[str]) -> None:
-    """Raise `ValueError` unless the shards have an image and a label."""
-    if not set(COLUMNS) <= set(columns):
-        raise ValueError(
-            f"{folder} has the columns {sorted(columns)}, expected {sorted(COLUMNS)}: "
-            "write the shards with `aemim data`"
-        )

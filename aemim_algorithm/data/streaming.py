@@ -1,121 +1,32 @@
-"""Reading MDS shards of images, for training with `StreamingDataset` and for evaluation.
-
-The crop of a training image is a function of (seed, epoch, sample), like the noise of the attack:
-ranks, workers and resuming in mid-epoch do not change it, and no state is saved for it.
-"""
+"""Loaders of MDS shards of images, for training and for evaluation."""
 
 from __future__ import annotations
 
 import json
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from composer import DataSpec
-from streaming import LocalDataset, StreamingDataLoader, StreamingDataset
+from streaming import LocalDataset, StreamingDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from aemim_algorithm.data.shards import DESCRIPTION, check_columns, check_shards
-from aemim_algorithm.data.transforms import CenterCrop, Normalize, RandomResizedCropFlip, decode
+from aemim_algorithm.data.damage import read_sample
+from aemim_algorithm.data.failures import in_one_line
+from aemim_algorithm.data.image_stream import ImageStream
+from aemim_algorithm.data.index import check_columns, check_shards, encodings_of
+from aemim_algorithm.data.remote import RETRIES, TIMEOUT
+from aemim_algorithm.data.shards import DESCRIPTION
+from aemim_algorithm.data.transforms import CenterCrop, Normalize
 from aemim_algorithm.validation import require_integer
 
 __all__ = ["EvaluationImages", "ImageStream", "class_names", "evaluation_data", "train_data"]
 
 _PREFETCH = 4  # batches per worker: enough to ride out a slow shard, few enough for the memory
-
-
-class ImageStream(StreamingDataset):
-    """Training images, randomly cropped and mirrored, streamed from MDS shards.
-
-    Sample `i` is `{"image": uint8 tensor of shape (3, image_size, image_size), "label": int}`.
-
-    Args:
-        local: Folder of the shards; with `remote`, the folder to download them into.
-        image_size: Side of the crops, in pixels.
-        batch_size: Samples per batch and device; needed for an order that can be resumed.
-        remote: Where to download from, such as "s3://bucket/folder"; None: `local` has it all.
-        seed: Decides the order and the crops.
-        crop_scale: Bounds of a crop's area, as a fraction of the image's.
-        shuffle: Whether to mix the samples, differently in each epoch.
-        cache_limit: Bytes that downloaded shards may take, or "10gb"; None: no limit.
-
-    Raises:
-        ValueError: `local` holds no complete shards, or shards with other columns; an argument is
-            out of range; there are fewer samples than one batch on every device needs.
-    """
-
-    def __init__(
-        self,
-        *,
-        local: str | Path,
-        image_size: int,
-        batch_size: int,
-        remote: str | None = None,
-        seed: int = 17,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        shuffle: bool = True,
-        cache_limit: int | str | None = None,
-    ) -> None:
-        require_integer("batch_size", batch_size, low=1)
-        require_integer("seed", seed, low=0)
-        self._transform = RandomResizedCropFlip(image_size, scale=crop_scale)
-        if remote is None:
-            check_shards(Path(local))
-        super().__init__(
-            local=str(local),
-            remote=remote,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            shuffle_seed=seed,
-            cache_limit=cache_limit,
-        )
-        reader: Any = self.shards[0]
-        check_columns(str(remote or local), reader.column_names)
-        if len(self) < batch_size:
-            raise ValueError(
-                f"{remote or local} has {self.num_samples} samples, {len(self)} per device, "
-                f"fewer than batch_size={batch_size}: lower batch_size"
-            )
-
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        """Read, decode, crop and mirror one sample (called by indexing and by iterating).
-
-        Args:
-            sample_id: Position in all shards together.
-            retry: How often to try to download a missing shard.
-
-        Returns:
-            "image", shape (3, image_size, image_size), uint8; "label", an int.
-
-        Raises:
-            ValueError: The sample is not an image.
-        """
-        sample = super().get_item(sample_id, retry)
-        image = _decode(sample, sample_id, self.streams[0].local)
-        seed = _crop_seed(self.shuffle_seed, self._epoch(), int(sample_id))
-        return {"image": self._transform(image, seed), "label": int(sample["label"])}
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """What a checkpoint keeps, as streaming counts it; between epochs, the start of the next one.
-
-        There streaming itself names the epoch that has just ended, and a resumed run would train on its
-        samples and crops once more.
-        """
-        state = super().state_dict(num_samples, from_beginning)
-        if from_beginning and num_samples == 0:
-            state["epoch"] = max(state["epoch"], self.next_epoch)
-        return state
-
-    def _epoch(self) -> int:
-        """The epoch being iterated: `next_epoch` is raised before an epoch's first sample.
-
-        It lives in shared memory, so workers, persistent or not, and resumed runs see it too.
-        """
-        return max(self.next_epoch - 1, 0)
 
 
 class EvaluationImages(Dataset[tuple[Tensor, int]]):
@@ -134,7 +45,8 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
     def __init__(self, local: str | Path, *, image_size: int) -> None:
         self._transform = CenterCrop(image_size)
         shards = check_shards(Path(local))
-        check_columns(str(local), shards[0]["column_names"])
+        for shard in shards:
+            check_columns(str(local), encodings_of(shard))
         with warnings.catch_warnings():  # LocalDataset leaves index.json open
             warnings.simplefilter("ignore", ResourceWarning)
             self._samples = LocalDataset(str(local))
@@ -143,18 +55,21 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        sample = self._samples[index]
-        image = _decode(sample, index, self._samples.local)
-        return self._transform(image), int(sample["label"])
+        image, label = read_sample(self._samples, index, self._samples.get_item)
+        return self._transform(image), label
 
 
 class _TrainingLoader(StreamingDataLoader):
-    """Ends its persistent workers at once, also when the garbage collector frees it.
+    """Passes a worker's error on in one line; ends its workers at once, also when it is collected as garbage.
 
     Composer's DataSpec and Trainer are reference cycles. Collecting one clears the weak references
     of the workers' queues first, so "stop" never reaches a worker, and freeing the loader waits
     five seconds for each. A finalizer keeps iterator and queues alive until they are shut down.
     """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with in_one_line():
+            yield from super().__iter__()
 
     def _get_iterator(self) -> Any:
         iterator = super()._get_iterator()
@@ -176,12 +91,18 @@ def train_data(
     crop_scale: tuple[float, float] = (0.2, 1.0),
     shuffle: bool = True,
     cache_limit: int | str | None = None,
+    verify: bool | None = None,
+    download_retries: int = RETRIES,
+    download_timeout: float = TIMEOUT,
+    canonical_nodes: int = 1,
+    max_broken: int = 0,
+    dist_timeout: float = 300.0,
 ) -> DataSpec:
     """Training data for Composer's Trainer: uint8 batches, normalised on the device.
 
     Args:
-        local: See `ImageStream`, as for `image_size`, `remote`, `seed`, `crop_scale`, `shuffle`
-            and `cache_limit`.
+        local: See `ImageStream`, as for `image_size`, `remote`, `seed`, `crop_scale`, `shuffle`,
+            `cache_limit`, `canonical_nodes` and `max_broken`.
         image_size: Side of the crops, in pixels.
         batch_size: Samples per batch and device; a last incomplete batch is dropped.
         mean: Of the pixels in [0, 1], per channel.
@@ -192,13 +113,21 @@ def train_data(
         crop_scale: Bounds of a crop's area, as a fraction of the image's.
         shuffle: Whether to mix the samples.
         cache_limit: Bytes that downloaded shards may take.
+        verify: See `ImageStream`, as for `download_retries` and `download_timeout`.
+        download_retries: How often a failed download is repeated.
+        download_timeout: Seconds that one download of one shard may take.
+        canonical_nodes: Equal shares of the shards that the order of samples is made of.
+        max_broken: Samples that may be no images and are replaced; `BrokenImages` counts them.
+        dist_timeout: See `ImageStream`.
 
     Returns:
-        Batches `{"image": (batch_size, 3, image_size, image_size), "label": (batch_size,)}`, the
-        images float32 and normalised once they reach the model.
+        Batches `{"image": (batch_size, 3, image_size, image_size), "label": (batch_size,), "seed":
+        (batch_size,)}`, the images float32 and normalised once they reach the model, labels and seeds
+        int64; with `max_broken` also "replaced", (batch_size,), int64.
 
     Raises:
-        ValueError: As `ImageStream` and `Normalize`, or `workers` is negative.
+        ValueError: As `ImageStream` and `Normalize`, or `workers` is negative. While iterating: a sample
+            is not an image (`BrokenSampleError`), or a shard cannot be read (`ShardError`).
     """
     normalize = Normalize(mean, std)
     require_integer("workers", workers, low=0)
@@ -211,6 +140,12 @@ def train_data(
         crop_scale=crop_scale,
         shuffle=shuffle,
         cache_limit=cache_limit,
+        verify=verify,
+        download_retries=download_retries,
+        download_timeout=download_timeout,
+        canonical_nodes=canonical_nodes,
+        max_broken=max_broken,
+        dist_timeout=dist_timeout,
     )
     loader = _TrainingLoader(dataset, batch_size=batch_size, drop_last=True, **_loader_options(workers))
     return DataSpec(loader, microbatch_transforms=normalize)
@@ -268,15 +203,3 @@ def _loader_options(workers: int) -> dict[str, Any]:
         "prefetch_factor": _PREFETCH if workers > 0 else None,
         "pin_memory": torch.cuda.is_available(),
     }
-
-
-def _crop_seed(seed: int, epoch: int, sample_id: int) -> int:
-    """64 well-mixed bits of (seed, epoch, sample)."""
-    return int(np.random.SeedSequence((seed, epoch, sample_id)).generate_state(1, np.uint64)[0])
-
-
-def _decode(sample: dict[str, Any], sample_id: int, folder: str) -> Tensor:
-    try:
-        return decode(sample["image"])
-    except ValueError as error:
-        raise ValueError(f"{folder}, sample {sample_id}: {error}") from error

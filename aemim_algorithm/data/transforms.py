@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import math
 import random
+import struct
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import DecompressionBombError, DecompressionBombWarning
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
@@ -21,6 +30,8 @@ from torchvision.transforms.v2 import functional as F
 from aemim_algorithm.validation import require_integer, require_number, require_per_channel
 
 __all__ = [
+    "MAX_PIXELS",
+    "MIN_SIDE",
     "CenterCrop",
     "Normalize",
     "RandomResizedCropFlip",
@@ -28,6 +39,30 @@ __all__ = [
     "random_crop_box",
     "resize_short_side",
 ]
+
+MAX_PIXELS = 100_000_000  # 300 MB decoded, in each process that decodes
+MIN_SIDE = 8  # pixels: the smallest images that are used as data sets; less is a placeholder, not a picture
+
+# Of each format its first bytes, and who reads its header.
+_HEADERS: dict[bytes, type[ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,
+    b"\x89PNG": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"GIF8": GifImageFile,
+}
+
+# What Pillow raises for damaged bytes; the warning where warnings are errors.
+_PILLOW_ERRORS = (
+    DecompressionBombError,
+    DecompressionBombWarning,
+    EOFError,
+    IndexError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 def decode(data: bytes) -> Tensor:
@@ -43,22 +78,63 @@ def decode(data: bytes) -> Tensor:
         The image, shape (3, height, width), uint8.
 
     Raises:
-        ValueError: The bytes are no such image, are truncated, or hold an animation.
+        ValueError: The bytes are no such image, are truncated, or hold an animation; or the image has more
+            than `MAX_PIXELS` or a side of less than `MIN_SIDE`, as its header tells before it is decoded.
     """
     if not data:
         raise ValueError("image: got 0 bytes, expected a JPEG, PNG, WebP or GIF file")
+    header = _checked_header(data)
+    if isinstance(header, GifImageFile):
+        return _decode_gif(header, data)
     try:
         # A bytearray, because frombuffer warns about read-only memory.
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         image = decode_image(buffer, mode=ImageReadMode.RGB)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"image: {len(data)} bytes cannot be decoded ({reason})") from error
-    if image.ndim != 3:
-        raise ValueError(f"image: got an animation of {len(image)} frames, expected one still")
+        raise _undecodable(data, error) from error
     if image.dtype == torch.uint16:  # 16-bit PNG; torch has no uint16 shift on the CPU
         image = (image.to(torch.int32) >> 8).to(torch.uint8)
     return image
+
+
+def _decode_gif(image: GifImageFile, data: bytes) -> Tensor:
+    """With Pillow: torchvision writes beyond its memory where a frame is not inside the screen."""
+    try:
+        pixels = np.array(image.convert("RGB"))
+    except _PILLOW_ERRORS as error:
+        raise _undecodable(data, error) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _checked_header(data: bytes) -> ImageFile:
+    """Raise `ValueError` for what is not to be decoded: a file of 1 kB can fill gigabytes."""
+    read = next((reader for start, reader in _HEADERS.items() if data.startswith(start)), None)
+    if read is None:
+        raise ValueError(f"image: {len(data)} bytes are no JPEG, PNG, WebP or GIF file")
+    try:
+        header = read(BytesIO(data))
+    except _PILLOW_ERRORS as error:
+        raise _undecodable(data, error) from error
+    _check_size(*header.size)
+    try:
+        frames = header.n_frames if isinstance(header, GifImageFile | WebPImageFile) else 1
+    except _PILLOW_ERRORS as error:
+        raise _undecodable(data, error) from error
+    if frames > 1:
+        raise ValueError(f"image: got an animation of {frames} frames, expected one still")
+    return header
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"image: {width}×{height} pixels, expected at most {MAX_PIXELS:,}: resize it")
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"image: {width}×{height} pixels, expected sides of at least {MIN_SIDE}")
+
+
+def _undecodable(data: bytes, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ValueError(f"image: {len(data)} bytes cannot be decoded ({reason})")
 
 
 def resize_short_side(image: Tensor, size: int) -> Tensor:

@@ -15,7 +15,16 @@ from aemim_algorithm.data.convert import convert, report_path
 from aemim_algorithm.data.photos import write_photos
 from aemim_algorithm.recipes.schema import DataRecipe
 
-__all__ = ["PHOTOS", "is_remote", "is_shards", "shards_of", "test_shards", "train_shards"]
+__all__ = [
+    "PHOTOS",
+    "is_remote",
+    "is_shards",
+    "is_without_index",
+    "place_of",
+    "shards_of",
+    "test_shards",
+    "train_shards",
+]
 
 PHOTOS = "photos"
 _POLL = 1.0  # seconds between two looks of a process that waits for the conversion
@@ -44,14 +53,11 @@ def test_shards(data: DataRecipe) -> Path | None:
 
 def shards_of(source: str, data: DataRecipe, *, split: str) -> Path:
     """The shards of one source; ``split`` chooses the half of the embedded photographs."""
-    if is_shards(source):
-        return Path(source)
-    if is_remote(source):
-        return Path(data.cache, _cache_name(source, source))
+    target = place_of(source, data, split=split)
+    if is_shards(source) or is_remote(source):
+        return target
     if source == PHOTOS:
-        folder = Path(data.cache, PHOTOS)
-        return _written_once(folder / split, lambda: write_photos(folder))
-    target = cached_at(source, data, split=split)
+        return _written_once(target, lambda: write_photos(target.parent))
     options: dict[str, Any] = {
         "resize": data.resize,
         "skip_broken": data.skip_broken,
@@ -67,6 +73,17 @@ def shards_of(source: str, data: DataRecipe, *, split: str) -> Path:
             )
 
     return _written_once(target, write)
+
+
+def place_of(source: str, data: DataRecipe, *, split: str) -> Path:
+    """Where the shards of one source are, or will be once it is converted."""
+    if is_shards(source):
+        return Path(source)
+    if is_remote(source):
+        return Path(data.cache, _cache_name(source.rstrip("/"), source))
+    if source == PHOTOS:
+        return Path(data.cache, PHOTOS, split)
+    return cached_at(source, data, split=split)
 
 
 def cached_at(source: str, data: DataRecipe, *, split: str) -> Path:
@@ -89,6 +106,11 @@ def is_remote(source: str) -> bool:
 def is_shards(source: str) -> bool:
     """Whether a source is a local folder of MDS shards already."""
     return Path(source, "index.json").is_file()
+
+
+def is_without_index(folder: Path) -> bool:
+    """Whether a folder holds shards, and not the index that they need."""
+    return not (folder / "index.json").is_file() and any(folder.glob("*.mds*"))
 
 
 def _cache_name(name: str, *identity: object) -> str:

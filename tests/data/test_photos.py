@@ -100,7 +100,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("size", 0), ("train_crops", 0), ("test_crops", -1), ("seed", -1)]
+    ("option", "value"), [("size", 7), ("train_crops", 0), ("test_crops", -1), ("seed", -1)]
 )
 def test_arguments_out_of_range_are_named(option: str, value: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=option):

@@ -107,6 +107,38 @@ def test_a_run_resumed_in_mid_epoch_gives_the_remaining_batches(
     assert same(read(resumed), next_epoch)
 
 
+def seeds(data: Any) -> dict[int, int]:
+    """Of each sample of an epoch, by its label."""
+    return {
+        int(label): int(seed)
+        for batch in data
+        for label, seed in zip(batch["label"], batch["seed"], strict=True)
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_has_a_seed_of_its_own_in_each_epoch_and_run(shards: Path, workers: int) -> None:
+    options: dict[str, Any] = {"shuffle": False, "workers": workers}
+    data, other = loader(shards, **options), loader(shards, seed=18, **options)
+    first, second, other_run = seeds(data), seeds(data), seeds(other)
+    shuffled = seeds(loader(shards))
+    assert next(iter(data))["seed"].dtype == torch.int64
+    everything = [*first.values(), *second.values(), *other_run.values()]
+    assert len(set(everything)) == 3 * (SAMPLES // BATCH * BATCH)
+    assert any(seed < 0 for seed in everything)
+    assert max(abs(seed) for seed in everything) > 2**60
+    common = first.keys() & shuffled.keys()
+    assert {i: first[i] for i in common} == {i: shuffled[i] for i in common}
+
+
+def test_the_length_is_that_of_an_epoch_where_samples_do_not_divide(tmp_path: Path) -> None:
+    samples = [(encode_png(image).numpy().tobytes(), 0) for image in images()[:23]]
+    write_shards(iter(samples), tmp_path / "set", classes=("a",), made_from={})
+    data = loader(tmp_path / "set")
+    assert len(data) == len(read(data)) == 2
+    assert len(data.dataset) == 16
+
+
 def test_a_checkpoint_brings_its_seed(shards: Path) -> None:
     first = loader(shards, seed=3)
     iterator = iter(first)
@@ -120,9 +152,10 @@ def test_a_checkpoint_brings_its_seed(shards: Path) -> None:
 def test_indexing_gives_the_crop_of_the_current_epoch(shards: Path) -> None:
     stream = ImageStream(local=shards, shuffle=False, **OPTIONS)
     iterated = list(stream)
-    assert [sample["label"] for sample in iterated] == list(range(SAMPLES))
-    for index in (0, 7, -1):
+    assert [sample["label"] for sample in iterated] == list(range(SAMPLES // BATCH * BATCH))
+    for index in (0, 7, 39):
         assert stream[index]["image"].equal(iterated[index]["image"])
+        assert stream[index]["seed"] == iterated[index]["seed"]
     assert [sample["label"] for sample in stream[3:5]] == [3, 4]
 
 
@@ -251,9 +284,9 @@ def test_fewer_samples_than_a_batch_are_one_line(shards: Path) -> None:
 def test_a_damaged_sample_is_named(tmp_path: Path) -> None:
     broken = [{"image": b"no image", "label": 0}] * BATCH
     write_folder(tmp_path / "set", {"image": "bytes", "label": "int"}, broken)
-    with pytest.raises(ValueError, match=r"set, sample \d: image: 8 bytes"):
+    with pytest.raises(ValueError, match=r"set, sample \d \(shard\.00000\.mds\): image: 8 bytes"):
         read(loader(tmp_path / "set"))
-    with pytest.raises(ValueError, match=r"set, sample 0: image: 8 bytes"):
+    with pytest.raises(ValueError, match=r"set, sample 0 \(shard\.00000\.mds\): image: 8 bytes"):
         list(evaluation_data(tmp_path / "set", **OPTIONS))
 
 
@@ -264,6 +297,8 @@ def test_a_damaged_sample_is_named(tmp_path: Path) -> None:
         ("image_size", 0),
         ("workers", -1),
         ("seed", -1),
+        ("canonical_nodes", 0),
+        ("max_broken", -1),
         ("crop_scale", (0.0, 1.0)),
         ("mean", (0.5,)),
         ("std", (0.0, 0.5, 0.5)),

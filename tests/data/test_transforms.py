@@ -1,7 +1,13 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import signal
+import struct
+import time
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -82,6 +88,86 @@ def test_an_animation_is_refused() -> None:
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     with pytest.raises(ValueError, match="animation of 2 frames"):
         decode(data)
+
+
+def in_child(action: Callable[[], None]) -> None:
+    """Run something that may crash its process; an exception or a crash fails the test."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def descriptor(gif: bytes) -> int:
+    """Where the first frame's place and size stand in a GIF."""
+    place = 13 + 3 * 2 ** ((gif[10] & 7) + 1)
+    while gif[place] != 0x2C:  # skip extensions
+        place += 2
+        while gif[place]:
+            place += 1 + gif[place]
+        place += 1
+    return place + 1
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("format", ["GIF", "WEBP"])
+def test_no_bytes_crash_the_decoder(format: str) -> None:
+    image = smooth_image(48, 40).convert("P" if format == "GIF" else "RGB")
+    whole, draw = encoded(image, format), np.random.default_rng(0)
+    heads = range(descriptor(whole), descriptor(whole) + 12) if format == "GIF" else range(12, 60)
+
+    def fuzz() -> None:
+        decoded, lines = 0, set[str]()
+        for _ in range(800):
+            data = bytearray(whole)
+            for _ in range(int(draw.integers(1, 4))):
+                place = draw.choice(heads) if draw.random() < 0.5 else draw.integers(len(whole))
+                data[place] = draw.integers(256)
+            try:
+                decoded += decode(bytes(data)).shape[0] == 3
+            except ValueError as error:
+                lines.add(str(error))
+        assert decoded > 50
+        assert lines
+        assert not any("\n" in line for line in lines)
+
+    in_child(fuzz)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_gif_whose_frame_leaves_its_screen_does_not_crash() -> None:
+    data = bytearray(encoded(smooth_image(48, 40).convert("P"), "GIF"))
+    place = descriptor(bytes(data))
+    data[place : place + 4] = struct.pack("<HH", 40, 0)
+
+    def decode_often() -> None:
+        for _ in range(50):
+            assert decode(bytes(data)).shape[0] == 3
+
+    in_child(decode_often)
+
+
+@pytest.mark.parametrize("where", ["screen", "frame"])
+def test_a_gif_of_billions_of_pixels_is_refused_without_decoding_it(where: str) -> None:
+    data = bytearray(encoded(smooth_image(48, 40).convert("P"), "GIF"))
+    place = 6 if where == "screen" else descriptor(bytes(data)) + 4
+    data[place : place + 4] = struct.pack("<HH", 65000, 65000)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=r"^image: [^\n]*pixels"):
+        decode(bytes(data))
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1"])
+def test_a_still_gif_decodes_to_the_rgb_that_pillow_sees(mode: str) -> None:
+    data = encoded(smooth_image().convert(mode), "GIF")
+    torch.testing.assert_close(decode(data), as_tensor(Image.open(io.BytesIO(data))), rtol=0, atol=0)
 
 
 def test_random_crops_are_a_function_of_the_seed_and_touch_no_global_generator() -> None:
