@@ -10,9 +10,11 @@ import torch
 from composer.utils import dist
 
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.recipes.datasets import is_remote, is_shards
+from aemim_algorithm.data.space import free_bytes, in_units
+from aemim_algorithm.recipes.data_preflight import DataFound, inspect_data
+from aemim_algorithm.recipes.datasets import is_remote, is_shards, place_of
 from aemim_algorithm.recipes.estimate import Estimate, estimate, matmul_rate
-from aemim_algorithm.recipes.preflight import device_of, precision_of, prepare
+from aemim_algorithm.recipes.preflight import checkpoints_kept, device_of, precision_of, prepare
 from aemim_algorithm.recipes.pretrain import learning_rate, microbatch_of
 from aemim_algorithm.recipes.schema import Recipe, RecipeError, recipe_yaml
 
@@ -39,8 +41,12 @@ def dry_run(recipe: Recipe, *, seconds: float = 1.0) -> str:
     cost = estimate(parts.model, image_size=recipe.model["image_size"], algorithm=algorithm)
     device = device_of(recipe)
     rate = matmul_rate(device, _DTYPES[precision_of(recipe)], seconds=seconds)
+    found = _data(recipe)
+    images = count_images(recipe.data.source) if found is None else found.samples
     lines = [recipe_yaml(recipe), *_size(recipe, cost), *_memory(recipe, cost)]
-    return "\n".join([*lines, *_time(recipe, cost, rate, device)])
+    lines += [*_time(recipe, cost, rate, device, images)]
+    lines.append(f"data: {found or 'to be converted into shards first'}")
+    return "\n".join([*lines, *_disk(recipe, cost)])
 
 
 def count_images(source: str) -> int | None:
@@ -92,10 +98,27 @@ def _memory(recipe: Recipe, cost: Estimate) -> list[str]:
     ]
 
 
-def _time(recipe: Recipe, cost: Estimate, rate: float, device: torch.device) -> list[str]:
+def _data(recipe: Recipe) -> DataFound | None:
+    """The training data as the preflight of a run finds it; ``None`` if it is not converted yet."""
+    source = recipe.data.source
+    folder = place_of(source, recipe.data, split="train")
+    if not (is_remote(source) or is_shards(str(folder))):
+        return None
+    return inspect_data(recipe, folder, keep_index=False)
+
+
+def _disk(recipe: Recipe, cost: Estimate) -> list[str]:
+    kept, free = checkpoints_kept(recipe), free_bytes(Path(recipe.save_folder))
+    size = cost.state_bytes * 3 // 4  # without the gradients
+    return [
+        f"disk: about {in_units(kept * size)} for {kept} checkpoints of {in_units(size)}; "
+        f"{in_units(free)} free for {recipe.save_folder}"
+    ]
+
+
+def _time(recipe: Recipe, cost: Estimate, rate: float, device: torch.device, images: int | None) -> list[str]:
     world = dist.get_world_size()
     step = recipe.global_batch_size * cost.flops / (rate * world)
-    images = count_images(recipe.data.source)
     total = _total_images(recipe, images)
     run = (
         "unknown before the data is converted"

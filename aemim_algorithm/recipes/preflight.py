@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,28 @@ from torch import nn
 from aemim_algorithm.adapters import apply_adapters
 from aemim_algorithm.algorithm import AEMIM
 from aemim_algorithm.callbacks import ReconstructionPictures
+from aemim_algorithm.data.space import existing_parent, free_bytes, in_units
 from aemim_algorithm.exchange.importing import require_start
+from aemim_algorithm.recipes.datasets import PHOTOS, is_remote, is_without_index
 from aemim_algorithm.recipes.layers import first_line
 from aemim_algorithm.recipes.registry import Parts, build_parts
+from aemim_algorithm.recipes.resuming import has_checkpoint
 from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
 from aemim_algorithm.search import find_encoder, resolve_encoder
 
-__all__ = ["continues", "device_of", "on_gpu", "precision_of", "prepare"]
+__all__ = [
+    "checkpoint_bytes",
+    "checkpoints_kept",
+    "continues",
+    "device_of",
+    "on_gpu",
+    "precision_of",
+    "prepare",
+]
 
 # What a run cannot change on its way without becoming another run.
 _IDENTITY = ("seed", "model", "init_from", "algorithms", "optimizer", "schedule", "global_batch_size")
-_DATA_IDENTITY = ("source", "resize", "crop_scale", "mean", "std")
+_DATA_IDENTITY = ("resize", "crop_scale", "mean", "std", "canonical_nodes")  # the images: data_preflight.py
 
 
 def prepare(recipe: Recipe) -> Parts:
@@ -40,14 +53,16 @@ def prepare(recipe: Recipe) -> Parts:
     """
     parts = build_parts(recipe)
     _check_machine(recipe)
+    _check_sources(recipe)
     _check_resumable(recipe)
+    _check_writable(recipe)
     _check_model(recipe, parts)
     return parts
 
 
 def continues(recipe: Recipe) -> bool:
     """Whether a checkpoint of the run is there, so that nothing of its initial weights is needed."""
-    return recipe.autoresume and _latest(recipe).exists()
+    return recipe.autoresume and has_checkpoint(Path(recipe.save_folder))
 
 
 def on_gpu(recipe: Recipe) -> bool:
@@ -89,6 +104,7 @@ def _check_model(recipe: Recipe, parts: Parts) -> None:
     except (ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise RecipeError(f"model: {first_line(error)}") from error
     _check_uses(recipe, parts, model, features)
+    _check_space(recipe, model)
 
 
 def _check_uses(recipe: Recipe, parts: Parts, model: nn.Module, features: Any) -> None:
@@ -107,6 +123,66 @@ def _check_uses(recipe: Recipe, parts: Parts, model: nn.Module, features: Any) -
         )
 
 
+def checkpoint_bytes(model: nn.Module) -> int:
+    """About what a checkpoint takes: the state of the model and AdamW's two moments, float32.
+
+    Args:
+        model: With AEMIM's adapters, if it trains with them; on any device, ``meta`` too.
+
+    Returns:
+        Bytes.
+    """
+    state = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    return state + 2 * 4 * trained
+
+
+def checkpoints_kept(recipe: Recipe) -> int:
+    """How many checkpoints lie in the save folder at once, with the one that is being written."""
+    if recipe.keep_checkpoints is not None:
+        return recipe.keep_checkpoints + 1
+    total, interval = recipe.max_duration, recipe.save_interval
+    if interval.endswith("dur"):
+        return math.ceil(1 / float(interval[:-3]))
+    if interval[-2:] == total[-2:]:
+        return math.ceil(int(total[:-2]) / int(interval[:-2]))
+    return 2  # it depends on the number of images
+
+
+def _check_space(recipe: Recipe, model: nn.Module) -> None:
+    folder = Path(recipe.save_folder)
+    kept, size = checkpoints_kept(recipe), checkpoint_bytes(model)
+    there = sum(path.stat().st_size for kind in ("*.pt", "*.distcp") for path in folder.rglob(kind))
+    needed, free = kept * size - there, free_bytes(folder)
+    if needed > free:
+        raise RecipeError(
+            f"save_folder={folder}: {in_units(free)} free, {in_units(needed)} needed for {kept} checkpoints "
+            f"of {in_units(size)}: free some space, choose another disk or lower keep_checkpoints"
+        )
+
+
+def _check_writable(recipe: Recipe) -> None:
+    parent = existing_parent(Path(recipe.save_folder))
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise RecipeError(
+            f"save_folder={recipe.save_folder}: expected a folder that can be written; {parent} cannot"
+        )
+
+
+def _check_sources(recipe: Recipe) -> None:
+    """Here, not where a recipe is loaded: a saved one may outlive the place of its data."""
+    for key in ("source", "test_source"):
+        source = getattr(recipe.data, key)
+        remote = key == "source" and is_remote(source)
+        if not (remote or source in (None, PHOTOS) or Path(source).exists()):
+            raise RecipeError(
+                f"data.{key}={source}: expected photos, an existing image folder, tar or MDS folder (no such "
+                "path)"
+            )
+        if source and not remote and is_without_index(Path(source)):
+            raise RecipeError(f"data.{key}={source}: has no index.json: get it again")
+
+
 def _check_machine(recipe: Recipe) -> None:
     world = dist.get_world_size()
     if recipe.global_batch_size % world:
@@ -115,6 +191,13 @@ def _check_machine(recipe: Recipe) -> None:
         )
     if recipe.device == "gpu" and not torch.cuda.is_available():
         raise RecipeError("device=gpu: expected cpu, as torch finds no GPU here")
+    options = next(iter((recipe.parallelism or {}).values()), None) or {}
+    replicas = options.get("data_parallel_replicate_degree")
+    if replicas is not None and not (isinstance(replicas, int) and replicas >= 1 and world % replicas == 0):
+        raise RecipeError(
+            f"parallelism.{next(iter(recipe.parallelism or {}))}.data_parallel_replicate_degree={replicas}: "
+            f"expected a divisor of the {world} processes"
+        )
     if on_gpu(recipe):
         return
     if recipe.precision not in (None, "fp32"):
@@ -131,24 +214,21 @@ def _check_machine(recipe: Recipe) -> None:
 def _check_resumable(recipe: Recipe) -> None:
     """Refuse to go on with a run under other settings, or to write over it."""
     folder = Path(recipe.save_folder)
-    if not (_latest(recipe).exists() and (folder / "recipe.yaml").exists()):
+    if not has_checkpoint(folder):
         return
     if not recipe.autoresume:
         raise RecipeError(
             f"save_folder={folder}: holds a run already; choose another run_name, or continue it "
             "with autoresume=true"
         )
+    if not (folder / "recipe.yaml").exists():
+        return
     before, now = (_identity(run) for run in (load_recipe(folder / "recipe.yaml"), recipe))
     if changed := [key for key in now if now[key] != before[key]]:
         raise RecipeError(
             f"{changed[0]}: the run in {folder} was started with another value "
             f"({before[changed[0]]}, now {now[changed[0]]}); choose another run_name"
         )
-
-
-def _latest(recipe: Recipe) -> Path:
-    """Where Composer leaves a link to the last checkpoint."""
-    return Path(recipe.save_folder, "latest-rank0.pt")
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:

@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import AdamW
 
-from aemim_algorithm.callbacks import FiniteLoss
+from aemim_algorithm.callbacks import AtomicCheckpoints, BrokenImages, FiniteCheck
 from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
 from aemim_algorithm.data.streaming import train_data
 from aemim_algorithm.evaluation import evaluate_encoders
 from aemim_algorithm.exchange.importing import load_start
 from aemim_algorithm.export import export_encoder, native_format
+from aemim_algorithm.recipes.data_preflight import check_data
 from aemim_algorithm.recipes.datasets import is_remote, test_shards, train_shards
 from aemim_algorithm.recipes.preflight import continues, device_of, precision_of, prepare
 from aemim_algorithm.recipes.registry import Parts
+from aemim_algorithm.recipes.resuming import resume_point
 from aemim_algorithm.recipes.schema import Recipe, save_recipe
 
 __all__ = [
@@ -72,27 +74,35 @@ def pretrain(recipe: Recipe) -> Outputs:
     Raises:
         RecipeError: If the recipe cannot run here; before any data is read or a model is built.
         ConversionError: If the source of the data cannot be converted.
-        FloatingPointError: If a loss is not finite.
+        FloatingPointError: If a loss or a gradient is not finite.
+        OSError: If a checkpoint cannot be written; the earlier ones are whole.
+        ValueError: If the run has checkpoints, and all of them are damaged.
     """
     parts = prepare(recipe)
     if dist.get_world_size() > 1:
-        dist.initialize_dist(get_device(recipe.device))
+        dist.initialize_dist(get_device(recipe.device), recipe.dist_timeout)
+    if recipe.autoresume:
+        resume_point(Path(recipe.save_folder))
     train_folder, test_folder = train_shards(recipe.data), test_shards(recipe.data)
+    check_data(recipe, train_folder, test_folder)
     trainer = build_trainer(recipe, parts, train_folder)
     folder = Path(recipe.save_folder)
     if dist.get_global_rank() == 0:
         save_recipe(recipe, folder / "recipe.yaml")
     try:
         _fit(trainer)
-        encoder = folder / "encoder.pt"
         state = _full_state(trainer.state.model)
-        scores: Scores = {}
-        if dist.get_global_rank() == 0:
-            exported = export_encoder(state, encoder, format=native_format(state))
-            if recipe.evaluate and test_folder is not None:
-                scores = _compare(recipe, parts, exported, (train_folder, test_folder))
-    finally:
-        trainer.close()
+    except BaseException:
+        # Not `trainer.close()`: its barrier waits for the processes that have not failed.
+        trainer.engine.close()
+        raise
+    trainer.close()
+    # The last barrier is behind: nobody waits for the first process, whatever it takes.
+    encoder, scores = folder / "encoder.pt", Scores()
+    if dist.get_global_rank() == 0:
+        exported = export_encoder(state, encoder, format=native_format(state))
+        if recipe.evaluate and test_folder is not None:
+            scores = _compare(recipe, parts, exported, (train_folder, test_folder))
     return Outputs(
         recipe=folder / "recipe.yaml",
         checkpoint=folder / "latest-rank0.pt",
@@ -111,7 +121,7 @@ def build_trainer(recipe: Recipe, parts: Parts, train_folder: Path) -> Trainer:
         train_folder: Folder of the training shards.
 
     Returns:
-        A Trainer whose ``fit`` starts the run, or continues it from its last checkpoint.
+        A Trainer whose ``fit`` starts the run, or continues it from where ``latest-rank0.pt`` links to.
     """
     model = _seeded_model(recipe, parts)
     if recipe.init_from is not None and not continues(recipe):
@@ -125,7 +135,16 @@ def build_trainer(recipe: Recipe, parts: Parts, train_folder: Path) -> Trainer:
         optimizers=_optimizer(recipe, model),
         schedulers=_scheduler(recipe),
         algorithms=parts.algorithms,
-        callbacks=[FiniteLoss(), randomness, *parts.callbacks],
+        callbacks=[
+            FiniteCheck(on_nonfinite=recipe.on_nonfinite),
+            randomness,
+            BrokenImages(recipe.data.max_broken),
+            *parts.callbacks,
+            # Last, so that a checkpoint holds what the others have counted.
+            AtomicCheckpoints(
+                recipe.save_folder, interval=recipe.save_interval, keep=recipe.keep_checkpoints
+            ),
+        ],
         loggers=parts.loggers,
         run_name=recipe.run_name,
         seed=recipe.seed,
@@ -134,8 +153,7 @@ def build_trainer(recipe: Recipe, parts: Parts, train_folder: Path) -> Trainer:
         device_train_microbatch_size=microbatch_of(recipe),
         parallelism_config=parts.parallelism,
         compile_config={} if recipe.compile else None,
-        save_folder=recipe.save_folder,
-        save_interval=recipe.save_interval,
+        dist_timeout=recipe.dist_timeout,
         autoresume=recipe.autoresume,
         progress_bar=interactive,
         log_to_console=not interactive,
@@ -190,6 +208,13 @@ def _data(recipe: Recipe, folder: Path) -> DataSpec:
         seed=recipe.seed,
         workers=data.workers,
         crop_scale=data.crop_scale,
+        cache_limit=data.cache_limit,
+        verify=data.verify,
+        download_retries=data.download_retries,
+        download_timeout=data.download_timeout,
+        canonical_nodes=data.canonical_nodes,
+        max_broken=data.max_broken,
+        dist_timeout=recipe.dist_timeout,
     )
 
 

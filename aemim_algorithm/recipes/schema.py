@@ -6,7 +6,6 @@ A recipe is checked before any data is read or a model is built. Whatever is wro
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from aemim_algorithm.recipes.layers import (
     merge_strictly,
     override_layers,
 )
+from aemim_algorithm.recipes.values import check_values
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_yaml", "save_recipe"]
 
@@ -40,6 +40,15 @@ class DataRecipe:
     ``resize`` pixels (``None``: files as they are). ``crop_scale`` is the range of the crop's area,
     as a share of the image's; ``workers`` are loader processes per rank. ``mean`` and ``std`` are
     in units of the pixel range and hold for the attack as well.
+
+    Shards at a URL are downloaded into ``cache`` too, of which they take no more than ``cache_limit``
+    bytes (or ``50gb``; ``None``: all of them). A download that takes longer than ``download_timeout``
+    seconds, or fails, is repeated ``download_retries`` times, after 1, 2, 4, ... seconds. What arrives is
+    compared with the hashes of its index, if that has any. ``verify: true`` requires them, and compares
+    the shards that are on this machine before training as well; ``false`` compares sizes only.
+    ``canonical_nodes`` is the most machines that the run is to use without downloading one another's
+    shards; it decides the order of the samples, with the seed. ``max_broken`` is the number of samples
+    that may turn out to be no images, and are replaced.
     """
 
     source: str = MISSING
@@ -49,6 +58,12 @@ class DataRecipe:
     skip_broken: bool = False
     workers: int = 2
     crop_scale: tuple[float, float] = MISSING
+    cache_limit: str | int | None = None
+    verify: bool | None = None
+    download_retries: int = 2
+    download_timeout: float = 60.0
+    canonical_nodes: int = 1
+    max_broken: int = 0
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
@@ -87,7 +102,10 @@ class Recipe:
     the device gets if ``None``. ``init_from`` is a file of ``aemim import`` that the model starts
     from; a decoder that is not in it keeps its initialisation. Durations are Composer's: ``8ep``,
     ``100ba``. ``run_name`` is the file's name unless it is given; ``device`` and ``precision`` are the
-    GPU and bfloat16 where there is one, else the CPU and float32.
+    GPU and bfloat16 where there is one, else the CPU and float32. ``keep_checkpoints`` of the newest are
+    kept (``null``: all). ``on_nonfinite``: a batch whose loss or gradients are NaN or infinite stops the
+    run, or is skipped, up to 10 in a row. A process that waits ``dist_timeout`` seconds for the others
+    ends the run.
     """
 
     run_name: str = MISSING
@@ -109,7 +127,10 @@ class Recipe:
     compile: bool = False
     save_folder: str = "runs/${run_name}"
     save_interval: str = "1ep"
+    keep_checkpoints: int | None = 3
     autoresume: bool = True
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    dist_timeout: float = 300.0
     evaluate: bool = False
 
 
@@ -136,7 +157,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise RecipeError(f"{missing[0]} has no value: set it in the file or as {missing[0]}=…")
         recipe = cast(Recipe, OmegaConf.to_object(merged))
-        _check_values(recipe)
+        check_values(recipe)
     except (RecipeError, OmegaConfBaseException) as error:
         raise RecipeError(f"{path}: {first_line(error)}") from error
     return recipe
@@ -153,88 +174,3 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(recipe_yaml(recipe), encoding="utf-8")
     partial.replace(path)
-
-
-def _check_values(recipe: Recipe) -> None:
-    """Refuse values that have the right type and cannot work."""
-    data, optimizer, schedule = recipe.data, recipe.optimizer, recipe.schedule
-    micro, low, high = recipe.device_train_microbatch_size, *data.crop_scale
-    _require(recipe.global_batch_size >= 1, recipe, "global_batch_size", "at least 1")
-    _require(0 <= recipe.seed < 2**32, recipe, "seed", "in [0, 2**32)")
-    _require("://" not in recipe.save_folder, recipe, "save_folder", "a local folder")
-    _require(
-        micro in (None, "auto") or (isinstance(micro, int) and micro >= 1),
-        recipe,
-        "device_train_microbatch_size",
-        "a number of images, at least 1, or auto",
-    )
-    _require(0 < low <= high <= 1, recipe, "data.crop_scale", "0 < low <= high <= 1")
-    _require(data.workers >= 0, recipe, "data.workers", "at least 0")
-    _require(data.resize is None or data.resize >= 1, recipe, "data.resize", "at least 1 pixel")
-    _require(min(data.std) > 0, recipe, "data.std", "above 0")
-    _require(optimizer.base_learning_rate > 0, recipe, "optimizer.base_learning_rate", "above 0")
-    _require(optimizer.weight_decay >= 0, recipe, "optimizer.weight_decay", "at least 0")
-    _require(all(0 <= beta < 1 for beta in optimizer.betas), recipe, "optimizer.betas", "in [0, 1)")
-    _require(schedule.min_learning_rate >= 0, recipe, "schedule.min_learning_rate", "at least 0")
-    _check_durations(recipe)
-    _check_steps(recipe)
-    _check_sources(recipe)
-
-
-def _require(holds: bool, recipe: Recipe, key: str, expected: str) -> None:
-    if not holds:
-        value = OmegaConf.select(OmegaConf.structured(recipe), key)
-        raise RecipeError(f"{key}={value}: expected {expected}")
-
-
-def _check_durations(recipe: Recipe) -> None:
-    example = "a duration such as 8ep, 100ba or 5000sp"
-    whole = re.compile(r"[1-9]\d*(ep|ba|sp)")
-    share = re.compile(r"\d+(ep|ba|sp)|0?\.\d+dur")
-    _require(bool(whole.fullmatch(recipe.max_duration)), recipe, "max_duration", example)
-    interval = recipe.save_interval
-    positive = bool(whole.fullmatch(interval)) or (
-        interval.endswith("dur") and bool(share.fullmatch(interval))
-    )
-    _require(positive, recipe, "save_interval", example)
-    warmup = recipe.schedule.warmup
-    _require(bool(share.fullmatch(warmup)), recipe, "schedule.warmup", f"{example} or 0.05dur")
-    total = recipe.max_duration
-    comparable = warmup[-2:] == total[-2:]
-    fits = not comparable or int(warmup[:-2]) < int(total[:-2])
-    _require(fits, recipe, "schedule.warmup", f"less than max_duration={total}")
-    mixed = "sp" in (warmup[-2:], total[-2:]) and not comparable and not warmup.endswith("dur")
-    _require(not mixed, recipe, "schedule.warmup", f"the unit of max_duration={total}")
-
-
-def _check_steps(recipe: Recipe) -> None:
-    """The milestones of a rate that falls in steps."""
-    schedule, total = recipe.schedule, recipe.max_duration
-    times = [re.fullmatch(r"([1-9]\d*)(ep|ba|sp)", milestone) for milestone in schedule.milestones]
-    key, unit = "schedule.milestones", total[-2:]
-    _require(None not in times, recipe, key, "durations such as 700ep")
-    inside = [int(time[1]) for time in times if time and time[2] == unit]
-    rising = inside == sorted(set(inside)) and all(value < int(total[:-2]) for value in inside)
-    _require(
-        len(inside) == len(times) and rising, recipe, key, f"rising, in {unit}, below max_duration={total}"
-    )
-    _require(0 < schedule.step_factor < 1, recipe, "schedule.step_factor", "in (0, 1)")
-    floorless = not times or schedule.min_learning_rate == 0
-    _require(floorless, recipe, "schedule.min_learning_rate", "0 with milestones, which have no floor")
-
-
-def _check_sources(recipe: Recipe) -> None:
-    data = recipe.data
-    remote = "://" in data.source
-    for key, source in (("data.source", data.source), ("data.test_source", data.test_source)):
-        exists = source in (None, "photos") or Path(str(source)).exists()
-        _require(
-            exists or (remote and key == "data.source"),
-            recipe,
-            key,
-            "photos, an existing image folder, tar or MDS folder (no such path)",
-        )
-    if recipe.evaluate:
-        _require(not remote, recipe, "data.source", "a local one under evaluate=true")
-        tested = data.source == "photos" or data.test_source is not None
-        _require(tested, recipe, "data.test_source", "test images under evaluate=true")

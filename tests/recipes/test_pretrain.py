@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from composer.loggers import InMemoryLogger
+from conftest import small_files
 from torchvision.io import write_png
 
-from aemim_algorithm.callbacks import FiniteLoss
+from aemim_algorithm.callbacks import FiniteCheck
+from aemim_algorithm.cli import main
 from aemim_algorithm.data import convert
 from aemim_algorithm.recipes.datasets import train_shards
 from aemim_algorithm.recipes.dry_run import dry_run
@@ -166,12 +168,12 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(
     class KilledError(Exception):
         pass
 
-    def kill(self: FiniteLoss, state: Any, logger: Any) -> None:
+    def kill(self: FiniteCheck, state: Any, logger: Any) -> None:
         if state.timestamp.batch == killed_at:
             raise KilledError
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(FiniteLoss, "after_train_batch", kill)
+        patch.setattr(FiniteCheck, "after_train_batch", kill)
         pretrain(recipe)
     assert_equal(encoder_of(pretrain(recipe)), encoder_of(finished[1]))
 
@@ -193,11 +195,21 @@ def test_another_recipe_does_not_continue_a_run(
         prepare(replace(other, save_folder=finished[0].save_folder))
 
 
+def test_a_folder_with_checkpoints_only_is_not_written_over(images: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, images, "autoresume=false")
+    Path(recipe.save_folder).mkdir(parents=True)
+    Path(recipe.save_folder, "ep0-ba4-rank0.pt").touch()
+    with pytest.raises(RecipeError, match="holds a run already"):
+        prepare(recipe)
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
         ("precision=amp_bf16", "precision=amp_bf16"),
         ("device_train_microbatch_size=auto", "device_train_microbatch_size=auto"),
+        ("parallelism={fsdp2: {data_parallel_replicate_degree: 0}}", "degree=0: expected a divisor of the 1"),
+        ("parallelism={fsdp2: {data_parallel_replicate_degree: 3}}", "degree=3: expected a divisor of the 1"),
     ],
 )
 def test_what_a_cpu_cannot_do_is_refused(images: Path, tmp_path: Path, override: str, named: str) -> None:
@@ -375,3 +387,69 @@ def test_two_processes_train_one_model(images: Path, tmp_path: Path) -> None:
     assert str(tmp_path / "run/encoder.pt") in done.stdout
     state = torch.load(tmp_path / "run/encoder.pt", weights_only=True)
     assert state["patch_embed.proj.weight"].shape == (32, 3, 4, 4)
+
+
+def saved(outputs: Outputs) -> list[str]:
+    return sorted(path.name for path in outputs.checkpoint.parent.glob("*-rank0.pt"))
+
+
+def test_a_damaged_checkpoint_costs_the_batches_since_the_one_before(
+    images: Path, tmp_path: Path, finished: tuple[Recipe, Outputs]
+) -> None:
+    recipe = recipe_in(tmp_path, images, "save_interval=3ba")
+    first = pretrain(recipe)
+    assert saved(first) == [*(f"ep{n}-rank0.pt" for n in ("0-ba3", "1-ba6", "2-ba8")), "latest-rank0.pt"]
+    for name in ("ep2-ba8-rank0.pt", "ep1-ba6-rank0.pt"):
+        path = Path(recipe.save_folder, name)
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="damaged.*continues from ep0-ba3-rank0.pt"):
+        again = pretrain(recipe)
+    assert_equal(encoder_of(again), encoder_of(finished[1]))
+    for path in Path(recipe.save_folder).glob("ep*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of its 3 checkpoints can be read"):
+        pretrain(recipe)
+
+
+def test_as_many_checkpoints_are_kept_as_the_recipe_says(images: Path, tmp_path: Path) -> None:
+    outputs = pretrain(recipe_in(tmp_path, images, "save_interval=1ba", "keep_checkpoints=2"))
+    assert saved(outputs) == ["ep1-ba7-rank0.pt", "ep1-ba8-rank0.pt", "latest-rank0.pt"]
+    for bad in ("keep_checkpoints=1", "dist_timeout=0", "on_nonfinite=ignore"):
+        with pytest.raises(RecipeError, match=bad.partition("=")[0]):
+            recipe_in(tmp_path, images, bad)
+
+
+@pytest.mark.filterwarnings("ignore:batch .*skipped")
+def test_a_recipe_can_skip_batches_up_to_ten_in_a_row(images: Path, tmp_path: Path) -> None:
+    overrides = ("optimizer.base_learning_rate=1e30", "schedule.warmup=1ba", "on_nonfinite=skip")
+    recipe = replace(recipe_in(tmp_path, images, *overrides, "max_duration=20ba"), algorithms={})
+    with pytest.raises(FloatingPointError, match="after 10 batches in a row were skipped"):
+        pretrain(recipe)
+
+
+def test_a_full_disk_ends_the_command_with_one_line_and_code_1(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_in(tmp_path, images, "save_interval=3ba")
+    overrides = [f"data.source={images / 'train'}", f"data.cache={images / 'cache'}", "save_interval=3ba"]
+    command = [
+        "aemim",
+        "pretrain",
+        str(tmp_path / "tiny.yaml"),
+        *overrides,
+        f"save_folder={tmp_path / 'run'}",
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    size = (
+        pretrain(replace(recipe, max_duration="3ba", save_folder=str(tmp_path / "other")))
+        .checkpoint.stat()
+        .st_size
+    )
+    with small_files(size // 2), pytest.raises(SystemExit, match="1"):
+        main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "aemim:" in line]
+    assert "a checkpoint could not be written" in line
+    assert not [path for path in (tmp_path / "run").iterdir() if path.suffix not in (".yaml", ".json")]
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert (tmp_path / "run" / "encoder.pt").exists()

@@ -13,7 +13,7 @@ from aemim_algorithm.recipes.registry import build_parts
 from aemim_algorithm.recipes.schema import Recipe, load_recipe
 
 YAMLS = Path(__file__).parents[2] / "yamls"
-RECIPES = sorted(path for path in YAMLS.rglob("*.yaml") if path.parent.name != "_base")
+RECIPES = sorted(path for path in YAMLS.rglob("*.yaml") if path.parent.name not in ("_base", "cloud"))
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "mae": None,

@@ -126,8 +126,15 @@ def test_a_refused_override_is_named(recipe_file: Path, override: str, said: lis
         "save_interval=often",
         "schedule.warmup=8ep",
         "schedule.warmup=100sp",
-        "data.source=no/such/folder",
-        "data.test_source=no/such.tar",
+        "data.cache_limit=much",
+        "data.cache_limit=0",
+        "data.cache_limit=10gb",
+        "data.download_retries=-1",
+        "data.download_retries=9",
+        "data.download_timeout=0",
+        "data.canonical_nodes=0",
+        "data.canonical_nodes=3",
+        "data.max_broken=-1",
     ],
 )
 def test_an_impossible_value_is_named(recipe_file: Path, override: str) -> None:
@@ -181,3 +188,15 @@ def test_an_evaluation_needs_test_images(recipe_file: Path) -> None:
     assert "data.test_source=None" in refusal(recipe_file, "evaluate=true", source)
     assert "data.source=s3://bucket/x" in refusal(recipe_file, "evaluate=true", "data.source=s3://bucket/x")
     assert load_recipe(recipe_file, ["data.source=s3://bucket/x"]).data.source == "s3://bucket/x"
+
+
+def test_a_cache_limit_is_for_remote_shards(recipe_file: Path) -> None:
+    remote = "data.source=s3://bucket/x"
+    assert load_recipe(recipe_file, [remote, "data.cache_limit=50gb"]).data.cache_limit == "50gb"
+    assert load_recipe(recipe_file, [remote, "data.cache_limit=5000"]).data.cache_limit == 5000
+    line = refusal(recipe_file, "data.cache_limit=50gb")
+    assert line.endswith("data.cache_limit=50gb: expected null, as data.source is local")
+
+
+def test_a_saved_recipe_is_read_where_its_data_is_not(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["data.source=moved/away"]).data.source == "moved/away"

@@ -1,0 +1,120 @@
+"""Values of a recipe that have the right type and cannot work: one line each."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+from streaming.base.util import bytes_to_int
+
+from aemim_algorithm.recipes.layers import RecipeError
+
+if TYPE_CHECKING:
+    from aemim_algorithm.recipes.schema import Recipe
+
+__all__ = ["check_values"]
+
+
+def check_values(recipe: Recipe) -> None:
+    """Refuse values that have the right type and cannot work, on any machine.
+
+    Args:
+        recipe: With a value for every key.
+
+    Raises:
+        RecipeError: Names the key, its value and what is expected.
+    """
+    optimizer, schedule = recipe.optimizer, recipe.schedule
+    micro = recipe.device_train_microbatch_size
+    _require(recipe.global_batch_size >= 1, recipe, "global_batch_size", "at least 1")
+    keep = recipe.keep_checkpoints
+    _require(keep is None or keep >= 2, recipe, "keep_checkpoints", "at least 2, or null for all")
+    _require(recipe.dist_timeout > 0, recipe, "dist_timeout", "seconds, above 0")
+    _require(0 <= recipe.seed < 2**32, recipe, "seed", "in [0, 2**32)")
+    _require("://" not in recipe.save_folder, recipe, "save_folder", "a local folder")
+    _require(
+        micro in (None, "auto") or (isinstance(micro, int) and micro >= 1),
+        recipe,
+        "device_train_microbatch_size",
+        "a number of images, at least 1, or auto",
+    )
+    _require(optimizer.base_learning_rate > 0, recipe, "optimizer.base_learning_rate", "above 0")
+    _require(optimizer.weight_decay >= 0, recipe, "optimizer.weight_decay", "at least 0")
+    _require(all(0 <= beta < 1 for beta in optimizer.betas), recipe, "optimizer.betas", "in [0, 1)")
+    _require(schedule.min_learning_rate >= 0, recipe, "schedule.min_learning_rate", "at least 0")
+    _check_durations(recipe)
+    _check_steps(recipe)
+    _check_data(recipe)
+
+
+def _require(holds: bool, recipe: Recipe, key: str, expected: str) -> None:
+    if not holds:
+        value = OmegaConf.select(OmegaConf.structured(recipe), key)
+        raise RecipeError(f"{key}={value}: expected {expected}")
+
+
+def _check_durations(recipe: Recipe) -> None:
+    example = "a duration such as 8ep, 100ba or 5000sp"
+    whole = re.compile(r"[1-9]\d*(ep|ba|sp)")
+    share = re.compile(r"\d+(ep|ba|sp)|0?\.\d+dur")
+    _require(bool(whole.fullmatch(recipe.max_duration)), recipe, "max_duration", example)
+    interval = recipe.save_interval
+    positive = bool(whole.fullmatch(interval)) or (
+        interval.endswith("dur") and bool(share.fullmatch(interval))
+    )
+    _require(positive, recipe, "save_interval", example)
+    warmup = recipe.schedule.warmup
+    _require(bool(share.fullmatch(warmup)), recipe, "schedule.warmup", f"{example} or 0.05dur")
+    total = recipe.max_duration
+    comparable = warmup[-2:] == total[-2:]
+    fits = not comparable or int(warmup[:-2]) < int(total[:-2])
+    _require(fits, recipe, "schedule.warmup", f"less than max_duration={total}")
+    mixed = "sp" in (warmup[-2:], total[-2:]) and not comparable and not warmup.endswith("dur")
+    _require(not mixed, recipe, "schedule.warmup", f"the unit of max_duration={total}")
+
+
+def _check_steps(recipe: Recipe) -> None:
+    """The milestones of a rate that falls in steps."""
+    schedule, total = recipe.schedule, recipe.max_duration
+    times = [re.fullmatch(r"([1-9]\d*)(ep|ba|sp)", milestone) for milestone in schedule.milestones]
+    key, unit = "schedule.milestones", total[-2:]
+    _require(None not in times, recipe, key, "durations such as 700ep")
+    inside = [int(time[1]) for time in times if time and time[2] == unit]
+    rising = inside == sorted(set(inside)) and all(value < int(total[:-2]) for value in inside)
+    _require(
+        len(inside) == len(times) and rising, recipe, key, f"rising, in {unit}, below max_duration={total}"
+    )
+    _require(0 < schedule.step_factor < 1, recipe, "schedule.step_factor", "in (0, 1)")
+    floorless = not times or schedule.min_learning_rate == 0
+    _require(floorless, recipe, "schedule.min_learning_rate", "0 with milestones, which have no floor")
+
+
+def _check_data(recipe: Recipe) -> None:
+    data, remote = recipe.data, "://" in recipe.data.source
+    _require(
+        0 < data.crop_scale[0] <= data.crop_scale[1] <= 1, recipe, "data.crop_scale", "0 < low <= high <= 1"
+    )
+    _require(data.workers >= 0, recipe, "data.workers", "at least 0")
+    _require(data.resize is None or data.resize >= 1, recipe, "data.resize", "at least 1 pixel")
+    _require(min(data.std) > 0, recipe, "data.std", "above 0")
+    _require(_is_size(data.cache_limit), recipe, "data.cache_limit", "bytes, such as 50gb")
+    _require(remote or data.cache_limit is None, recipe, "data.cache_limit", "null, as data.source is local")
+    # The waits double: eight of them take four minutes.
+    _require(0 <= data.download_retries <= 8, recipe, "data.download_retries", "in [0, 8]")
+    _require(data.download_timeout > 0, recipe, "data.download_timeout", "above 0 seconds")
+    _require(data.max_broken >= 0, recipe, "data.max_broken", "at least 0")
+    divides = data.canonical_nodes >= 1 and recipe.global_batch_size % data.canonical_nodes == 0
+    divisor = f"a divisor of global_batch_size={recipe.global_batch_size}"
+    _require(divides, recipe, "data.canonical_nodes", divisor)
+    if recipe.evaluate:
+        _require(not remote, recipe, "data.source", "a local one under evaluate=true")
+        tested = data.source == "photos" or data.test_source is not None
+        _require(tested, recipe, "data.test_source", "test images under evaluate=true")
+
+
+def _is_size(limit: str | int | None) -> bool:
+    try:
+        return limit is None or bytes_to_int(limit) > 0
+    except ValueError:
+        return False
