@@ -17,7 +17,16 @@ import torch
 
 __all__ = ["environment", "write_json"]
 
-_PACKAGES = ("aemim-algorithm", "mosaicml", "numpy", "timm", "torch", "torchvision")
+_PACKAGES = (
+    "aemim-algorithm",
+    "mosaicml",
+    "mosaicml-streaming",
+    "numpy",
+    "pillow",
+    "timm",
+    "torch",
+    "torchvision",
+)
 
 
 def environment(script: str, arguments: Sequence[str]) -> dict[str, Any]:
