@@ -10,18 +10,21 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
 import torch
 from composer.utils import dist
+from streaming.base.constant import TICK
+from streaming.base.dataset import _ShardState
 
 from aemim_algorithm.data.cache_lock import hold_cache
 from aemim_algorithm.data.failures import FailsAloud, ShardError
 
 __all__ = ["BoundedCache", "least_limit"]
 
-_PREPARING = 2  # streaming's code for a shard that is on its way
+_NOBODY = -1  # a sample id that streaming skips
 _THREADS = 3  # of one process that may each wait for another shard
 
 
@@ -82,6 +85,31 @@ class BoundedCache(FailsAloud):
                 )
         return super().__iter__()
 
+    def _ready_thread(self, it: Any) -> None:
+        """Follow the downloads, ahead of what is read; streaming starts this in a thread for each epoch.
+
+        Its own waits for ever for a shard that arrives and is evicted again between two looks.
+        """
+        while not (it.should_exit() or self._event.is_set() or it.ready_index == it.total):
+            if self.predownload is not None and it.ready_index - it.yield_index > self.predownload:
+                sleep(TICK)
+                continue
+            sample = int(it.sample_ids[it.ready_index])
+            if sample == _NOBODY or self._is_here(self.spanner[sample][0], it):
+                it.ready_index += 1
+        it.on_exit()
+
+    def _is_here(self, shard: int, it: Any) -> bool:
+        """Wait for a shard, and fetch it if nobody does; False if the epoch is given up meanwhile."""
+        while self._shard_states[shard] != _ShardState.LOCAL:
+            if it.should_exit() or self._event.is_set():
+                return False
+            if self._shard_states[shard] == _ShardState.REMOTE:
+                self.prepare_shard(shard, blocking=False)
+            else:
+                sleep(TICK)
+        return True
+
     @property
     def cache_usage(self) -> int:
         """Bytes of the shards that are here or on their way."""
@@ -92,7 +120,7 @@ class BoundedCache(FailsAloud):
         self._cache_usage.set(value - self._arriving())
 
     def _arriving(self) -> int:
-        arriving = np.flatnonzero(self._shard_states.numpy() == _PREPARING)
+        arriving = np.flatnonzero(self._shard_states.numpy() == _ShardState.PREPARING)
         return sum(self.shards[shard].get_max_size() for shard in arriving)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from streaming import StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK
+from streaming.base.dataset import _ShardState
 from streaming.base.shared import SharedArray
 
 from aemim_algorithm.data.bounded import BoundedBarrier
@@ -86,7 +87,7 @@ class FailsAloud(StreamingDataset):
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
             self._note(error)
-            self._shard_states[shard_id] = _REMOTE  # nobody is to wait for it
+            self._shard_states[shard_id] = _ShardState.REMOTE  # nobody is to wait for it
             raise
 
     def on_exception(self, future: Future[None]) -> None:
@@ -110,9 +111,6 @@ class FailsAloud(StreamingDataset):
         if self._failures[0]:
             told = self._failures.numpy().tobytes().rstrip(b"\0")
             raise ShardError(told.decode(errors="ignore"))
-
-
-_REMOTE = 1  # streaming's code for a shard that is not here
 
 
 class _SharedEvent(Event):

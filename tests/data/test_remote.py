@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from bucket import BATCH, SAMPLES, SIDE, Bucket, address, bucket, shards, write_set
 from streaming import LocalDataset, MDSWriter
+from streaming.base.dataset import _ShardState
 from timm.data.constants import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data.constants import IMAGENET_DEFAULT_STD as STD
 
@@ -79,6 +80,31 @@ def test_the_cache_stays_below_its_limit_and_evicted_shards_come_again(
     assert [sorted(labels) for labels in epochs] == [list(range(SAMPLES))] * 3
     assert gone & set(sizes)
     assert 4 * largest < most[0] <= limit, (most[0] - index) / largest
+
+
+def test_a_shard_that_is_evicted_before_it_was_seen_is_fetched_again(bucket: Bucket, tmp_path: Path) -> None:
+    """Another process fetched it and threw it away: nobody else will fetch it for this one."""
+    training = loader(tmp_path / "cache", bucket.url, workers=0)
+    dataset: Any = training.dataset
+    fetch, evicted = dataset.prepare_shard, Event()
+
+    def first_by_another(shard: int, blocking: bool = True) -> None:
+        if not evicted.is_set():
+            dataset._shard_states[shard] = _ShardState.PREPARING
+            Timer(0.3, evict, (shard,)).start()
+        else:
+            fetch(shard, blocking)
+
+    def evict(shard: int) -> None:
+        evicted.set()
+        dataset._shard_states[shard] = _ShardState.REMOTE
+
+    dataset.prepare_shard = first_by_another
+    found: list[list[int]] = []
+    reading = Thread(target=lambda: found.append(labels_of(training)), daemon=True)
+    reading.start()
+    reading.join(30)
+    assert [sorted(labels) for labels in found] == [list(range(SAMPLES))]
 
 
 def size_of(file: Path) -> int:
