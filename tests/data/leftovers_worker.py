@@ -23,7 +23,7 @@ def run(local: str, remote: str | None = None) -> None:
     try:
         batches = iter(train_data(local, remote=remote, **options).dataloader)  # type: ignore[arg-type]
         print(os.getpid(), next(batches)["label"].tolist(), flush=True)
-        time.sleep(60)
+        time.sleep(600)  # until it is killed
     except ValueError as error:
         print(os.getpid(), error, flush=True)
         os._exit(1)

@@ -55,7 +55,7 @@ class Runs:
 
     def wait(self, group: int) -> None:
         """Until its last process is gone."""
-        for _ in range(1000):
+        for _ in range(6000):
             try:
                 os.killpg(group, 0)
             except ProcessLookupError:
