@@ -203,6 +203,7 @@ def test_a_folder_with_checkpoints_only_is_not_written_over(images: Path, tmp_pa
         prepare(recipe)
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2 Config/APIs are experimental")
 @pytest.mark.parametrize(
     ("override", "named"),
     [
