@@ -1,4 +1,6 @@
-"""The command ``aemim``: pretrain, data, export, import.
+"""The command ``aemim``: pretrain, finetune, data, export, import, evaluate, probe, report.
+
+Here are pretrain, data, export and import; the others are in `aemim_algorithm.cli_scores`.
 
 A user's error is one line on stderr. Exit code 2: the recipe or the command line is wrong; 1: the
 run failed.
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from aemim_algorithm.cli_scores import evaluate, finetune, print_paths, probe, report
 from aemim_algorithm.recipes.layers import RecipeError
 
 if TYPE_CHECKING:
@@ -55,6 +58,9 @@ def pretrain(
             _print_outputs(run(loaded))
     except RecipeError as error:
         raise RecipeError(f"{recipe}: {error}") from error
+
+
+app.command()(finetune)
 
 
 @app.command()
@@ -158,6 +164,10 @@ def import_(
         print("there is no decoder in it: a model that starts from it keeps its decoder's initialisation")
 
 
+for _command in (evaluate, probe, report):
+    app.command()(_command)
+
+
 def _image_size(text: str | None) -> tuple[int, int] | None:
     """``384`` or ``384x224`` as (height, width) in pixels."""
     if text is None:
@@ -208,7 +218,4 @@ def _print_outputs(outputs: Outputs) -> None:
         print(f"{'top-1, %':<16}{'k-NN':>8}{'linear probe':>15}")
         for name, score in outputs.scores.items():
             print(f"{name + ' encoder':<16}{score['knn']:>8.1f}{score['linear']:>15.1f}")
-    for name in ("recipe", "checkpoint", "encoder", "pictures"):
-        path = getattr(outputs, name)
-        if path.exists():
-            print(f"{name:<12}{path}")
+    print_paths(outputs, ("recipe", "checkpoint", "encoder", "pictures"))

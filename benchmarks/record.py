@@ -1,91 +1,21 @@
-"""What a benchmark result has to carry: hardware, versions, command, date; shared by all of them."""
+"""What a benchmark result has to carry, as the package's own results do; shared by all benchmarks."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shlex
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import psutil
-import torch
+from aemim_algorithm import environment as package
+from aemim_algorithm.environment import write_json
 
 __all__ = ["environment", "write_json"]
 
-_PACKAGES = (
-    "aemim-algorithm",
-    "mosaicml",
-    "mosaicml-streaming",
-    "numpy",
-    "pillow",
-    "timm",
-    "torch",
-    "torchvision",
-)
-
 
 def environment(script: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Where, when and how a result came about.
+    """Where, when and how a result came about: see :func:`aemim_algorithm.environment.environment`.
 
     Args:
         script: Path of the script in the repository.
         arguments: Its command line.
-
-    Returns:
-        ``command``, ``date`` (UTC), ``hardware`` and ``versions``. The load average is that of the
-        start: above 0 on a machine that is not doing anything else, the times are not to be trusted.
     """
-    return {
-        "command": shlex.join(["python", script, *arguments]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": _hardware(),
-        "versions": {"python": platform.python_version()} | _versions(),
-    }
-
-
-def write_json(result: Mapping[str, Any], out: Path) -> None:
-    """Write a result; the file appears whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _hardware() -> dict[str, Any]:
-    hardware: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "logical_cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_average_1min": round(os.getloadavg()[0], 2),
-    }
-    if torch.cuda.is_available():
-        hardware["gpu"] = torch.cuda.get_device_name()
-    return hardware
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return package.environment(["python", script, *arguments])

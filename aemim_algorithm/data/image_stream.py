@@ -7,6 +7,7 @@ state is saved for them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ class ImageStream(BoundedCache):
         canonical_nodes: Equal shares of the shards that the order of samples is made of, fixed for a run:
             the most machines that it is to run on, so that none downloads another's share. It divides the
             global batch.
+        augment: Maps a crop and its own seed, at least 0, to the image that is trained on, same shape, uint8.
+        num_classes: A label that is not below it is an error; None: labels are not looked at.
         max_broken: Samples that may be no images. Each is replaced by the next that is one, under its own
             label, in the crop and with the seed of the broken one. 0: the first broken one is an error.
         dist_timeout: Seconds that the processes of a machine wait for one another as an epoch starts.
@@ -74,6 +77,8 @@ class ImageStream(BoundedCache):
         canonical_nodes: int = 1,
         max_broken: int = 0,
         dist_timeout: float = 300.0,
+        augment: Callable[[Tensor, int], Tensor] | None = None,
+        num_classes: int | None = None,
     ) -> None:
         for name, value, low in (
             ("batch_size", batch_size, 1),
@@ -84,6 +89,7 @@ class ImageStream(BoundedCache):
             require_integer(name, value, low=low)
         self._transform = RandomResizedCropFlip(image_size, scale=crop_scale)
         self.max_broken = max_broken
+        self._augment, self._num_classes = augment, num_classes
         if remote is None:
             check_shards(Path(local))
         stream = ShardStream(
@@ -132,10 +138,15 @@ class ImageStream(BoundedCache):
         Raises:
             BrokenSampleError: The sample is not an image, nor are those that could replace it.
             ShardError: Its shard cannot be read.
+            ValueError: Its label is outside of the classes.
         """
         image, label, source = self._first_image(int(sample_id), retry)
-        crop, seed = _seeds(self.shuffle_seed, self._epoch(), int(sample_id))
-        sample = {"image": self._transform(image, crop), "label": label, "seed": seed}
+        self._check_label(int(sample_id), label)
+        crop, seed, augmentation = _seeds(self.shuffle_seed, self._epoch(), int(sample_id))
+        image = self._transform(image, crop)
+        if self._augment is not None:
+            image = self._augment(image, augmentation)
+        sample = {"image": image, "label": label, "seed": seed}
         if self.max_broken:
             sample["replaced"] = -1 if source == sample_id else int(sample_id)
         return sample
@@ -154,6 +165,14 @@ class ImageStream(BoundedCache):
         if not self.max_broken:
             raise broken[0]
         raise BrokenSampleError(f"{broken[0]}, and as many after it as max_broken={self.max_broken} allows")
+
+    def _check_label(self, sample_id: int, label: int) -> None:
+        if self._num_classes is not None and not 0 <= label < self._num_classes:
+            stream = self.streams[0]
+            raise ValueError(
+                f"{stream.remote or stream.local}: sample {sample_id} has the label {label}, expected one "
+                f"from 0 to {self._num_classes - 1}: model.classes, or the data, is another"
+            )
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """What a checkpoint keeps, as streaming counts it; between epochs, the start of the next one.
@@ -188,7 +207,7 @@ class ImageStream(BoundedCache):
         return max(self.next_epoch - 1, 0)
 
 
-def _seeds(seed: int, epoch: int, sample_id: int) -> tuple[int, int]:
-    """64 well-mixed bits of (seed, epoch, sample) for the crop, unsigned; 64 more for the model, signed."""
-    words = np.random.SeedSequence((seed, epoch, sample_id)).generate_state(2, np.uint64)
-    return int(words[0]), int(words.view(np.int64)[1])
+def _seeds(seed: int, epoch: int, sample_id: int) -> tuple[int, int, int]:
+    """64 well-mixed bits of (seed, epoch, sample) each for crop, model (signed) and augmentation."""
+    words = np.random.SeedSequence((seed, epoch, sample_id)).generate_state(3, np.uint64)
+    return int(words[0]), int(words.view(np.int64)[1]), int(words[2])

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import DataSpec
+from composer.core.data_spec import default_split_batch
+from composer.utils import dist
 from streaming import LocalDataset, StreamingDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from aemim_algorithm.data.augmentation import BatchMixing
 from aemim_algorithm.data.damage import read_sample
 from aemim_algorithm.data.failures import in_one_line
 from aemim_algorithm.data.image_stream import ImageStream
@@ -24,7 +27,14 @@ from aemim_algorithm.data.shards import DESCRIPTION
 from aemim_algorithm.data.transforms import CenterCrop, Normalize
 from aemim_algorithm.validation import require_integer
 
-__all__ = ["EvaluationImages", "ImageStream", "class_names", "evaluation_data", "train_data"]
+__all__ = [
+    "EvaluationImages",
+    "ImageStream",
+    "class_names",
+    "evaluation_data",
+    "scoring_data",
+    "train_data",
+]
 
 _PREFETCH = 4  # batches per worker: enough to ride out a slow shard, few enough for the memory
 
@@ -97,6 +107,9 @@ def train_data(
     canonical_nodes: int = 1,
     max_broken: int = 0,
     dist_timeout: float = 300.0,
+    augment: Callable[[Tensor, int], Tensor] | None = None,
+    num_classes: int | None = None,
+    mixing: BatchMixing | None = None,
 ) -> DataSpec:
     """Training data for Composer's Trainer: uint8 batches, normalised on the device.
 
@@ -119,6 +132,9 @@ def train_data(
         canonical_nodes: Equal shares of the shards that the order of samples is made of.
         max_broken: Samples that may be no images and are replaced; `BrokenImages` counts them.
         dist_timeout: See `ImageStream`.
+        augment: See `ImageStream`, as for `num_classes`.
+        num_classes: Number of classes.
+        mixing: Mixes the samples of each device's batch and normalises them, in place of `mean` and `std`.
 
     Returns:
         Batches `{"image": (batch_size, 3, image_size, image_size), "label": (batch_size,), "seed":
@@ -146,8 +162,12 @@ def train_data(
         canonical_nodes=canonical_nodes,
         max_broken=max_broken,
         dist_timeout=dist_timeout,
+        augment=augment,
+        num_classes=num_classes,
     )
     loader = _TrainingLoader(dataset, batch_size=batch_size, drop_last=True, **_loader_options(workers))
+    if mixing is not None:
+        return DataSpec(loader, microbatch_transforms=mixing.mix, split_batch=mixing.split)
     return DataSpec(loader, microbatch_transforms=normalize)
 
 
@@ -173,6 +193,45 @@ def evaluation_data(
     require_integer("workers", workers, low=0)
     dataset = EvaluationImages(local, image_size=image_size)
     return DataLoader(dataset, batch_size=batch_size, **_loader_options(workers))
+
+
+def scoring_data(
+    images: Dataset[tuple[Tensor, int, int]], *, batch_size: int, workers: int, normalize: Normalize
+) -> DataSpec:
+    """Labelled images for Composer's evaluation: each counts once, on one of the processes.
+
+    Composer leaves out what the sampler doubles so that all processes have equally many. No global generator
+    is drawn from: how often a run is evaluated does not change its training.
+
+    Args:
+        images: Item `i` is (image, label, i), the image uint8; with a length.
+        batch_size: Images per batch and device; the last batch may be smaller.
+        workers: Processes that decode; 0: this process.
+        normalize: Makes float32 images of them, on the device.
+
+    Returns:
+        Batches `{"image": (batch, 3, height, width), "label": (batch,)}`.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=dist.get_sampler(images),
+        collate_fn=_labelled,
+        generator=torch.Generator(),
+        # Not persistent: they would take memory from training, and start in a second.
+        **_loader_options(workers) | {"persistent_workers": False},
+    )
+    return DataSpec(loader, microbatch_transforms=normalize, split_batch=_split)
+
+
+def _split(batch: Any, size: int | float) -> Any:
+    """Composer's own, which warns of a last batch that is smaller than the others."""
+    return default_split_batch(batch, min(size, len(batch["label"])))
+
+
+def _labelled(samples: Sequence[tuple[Tensor, int, int]]) -> dict[str, Tensor]:
+    images, labels, _ = zip(*samples, strict=True)
+    return {"image": torch.stack(images), "label": torch.tensor(labels)}
 
 
 def class_names(local: str | Path) -> list[str]:

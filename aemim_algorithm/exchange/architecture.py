@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
 
 from composer.models import ComposerModel
-from omegaconf import OmegaConf
 
 from aemim_algorithm.models import MODELS
-from aemim_algorithm.recipes.layers import RecipeError, file_layers, known_names
+from aemim_algorithm.recipes.layers import RecipeError, known_names, recipe_values
 from aemim_algorithm.recipes.options import check_options
 
 __all__ = ["architecture"]
@@ -52,8 +50,7 @@ def _of_name(name: str) -> ComposerModel:
 
 def _of_recipe(path: Path) -> ComposerModel:
     """Of its section ``model`` alone: its data may be gone by now."""
-    merged = OmegaConf.merge(*(layer for _, layer in file_layers(path)))
-    options = cast(dict[str, Any], OmegaConf.to_container(merged)).get("model") or {}
+    options = recipe_values(path).get("model") or {}
     name = options.pop("name", None)
     if name not in MODELS:
         raise RecipeError(f"{path}: model.name={name}: unknown model; {known_names(str(name), MODELS)}")

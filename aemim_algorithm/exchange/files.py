@@ -19,6 +19,7 @@ __all__ = [
     "UntrustedError",
     "few",
     "model_state",
+    "read_encoder",
     "read_weights",
     "require_file_name",
     "require_fit",
@@ -93,6 +94,18 @@ def read_weights(path: str | Path, *, trust: bool = False) -> StateDict:
             f"cannot import {path}: it holds no state dict; expected named tensors, bare or under 'model'"
         )
     return dict(state)
+
+
+def read_encoder(path: str | Path) -> StateDict:
+    """Read an ``encoder.pt``, or other weights that hold nothing but tensors.
+
+    Raises:
+        ValueError: If there are no weights; of a checkpoint, the line says what to make of it.
+    """
+    try:
+        return read_weights(path)
+    except UntrustedError as error:
+        raise ValueError(f"{path} is no encoder.pt: write one with `aemim export` first") from error
 
 
 def require_fit(module: nn.Module, state: Mapping[str, Tensor], *, whose: str) -> None:

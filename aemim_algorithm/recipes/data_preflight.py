@@ -35,7 +35,7 @@ from aemim_algorithm.data.remote import fetch_index
 from aemim_algorithm.data.space import free_bytes, in_units
 from aemim_algorithm.recipes.datasets import is_remote
 from aemim_algorithm.recipes.resuming import has_checkpoint
-from aemim_algorithm.recipes.schema import Recipe, RecipeError
+from aemim_algorithm.recipes.schema import RecipeError, TrainingRecipe
 
 __all__ = ["DataFound", "check_data", "inspect_data", "on_each_machine"]
 
@@ -75,7 +75,7 @@ class DataFound:
         return f"{whole}, {there}{checked}{removed}"
 
 
-def check_data(recipe: Recipe, train: Path, test: Path | None = None) -> None:
+def check_data(recipe: TrainingRecipe, train: Path, test: Path | None = None) -> None:
     """Refuse to train on data that is incomplete, damaged, too little, or not that of the run so far.
 
     All processes call this; none trains before the last one has passed.
@@ -83,7 +83,7 @@ def check_data(recipe: Recipe, train: Path, test: Path | None = None) -> None:
     Args:
         recipe: A loaded recipe.
         train: Folder of the training shards; for remote ones, the folder to download them into.
-        test: Folder of the shards of the final evaluation, if there are any.
+        test: Folder of the shards that the run is evaluated on, if it is.
 
     Raises:
         RecipeError: The recipe does not fit the data, or the disk does not.
@@ -91,7 +91,7 @@ def check_data(recipe: Recipe, train: Path, test: Path | None = None) -> None:
     """
 
     def look() -> DataFound:
-        if test is not None and recipe.evaluate:
+        if test is not None:
             check_shards(test)
         return inspect_data(recipe, train)
 
@@ -100,7 +100,7 @@ def check_data(recipe: Recipe, train: Path, test: Path | None = None) -> None:
         _note_fingerprint(recipe, found)
 
 
-def inspect_data(recipe: Recipe, folder: Path, *, keep_index: bool = True) -> DataFound:
+def inspect_data(recipe: TrainingRecipe, folder: Path, *, keep_index: bool = True) -> DataFound:
     """Look at the training data, on this machine and by this process alone.
 
     Args:
@@ -169,7 +169,7 @@ def _is_there(shard: dict[str, Any], sizes: dict[str, int]) -> bool:
     return any(sizes.get(file["basename"]) == file["bytes"] for file in files_of(shard))
 
 
-def _check_amount(recipe: Recipe, found: DataFound) -> None:
+def _check_amount(recipe: TrainingRecipe, found: DataFound) -> None:
     """Each canonical node must have its part of one global batch at least."""
     nodes, batch = recipe.data.canonical_nodes, recipe.global_batch_size
     if found.samples // nodes < batch // nodes:
@@ -179,7 +179,7 @@ def _check_amount(recipe: Recipe, found: DataFound) -> None:
         )
 
 
-def _check_cache(recipe: Recipe, folder: Path, shards: Shards, sizes: dict[str, int]) -> None:
+def _check_cache(recipe: TrainingRecipe, folder: Path, shards: Shards, sizes: dict[str, int]) -> None:
     """The cache must hold what the loaders need at once, and the disk what the cache may hold."""
     limit, whole = recipe.data.cache_limit, sum(_largest(shard) for shard in shards)
     if limit is not None:
@@ -211,7 +211,7 @@ def _fingerprint(shards: Shards) -> str:
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
-def _check_identity(recipe: Recipe, found: DataFound) -> None:
+def _check_identity(recipe: TrainingRecipe, found: DataFound) -> None:
     """A run that continues does so with its own images, which may have moved."""
     note = Path(recipe.save_folder, FINGERPRINT)
     before = _noted(note) if has_checkpoint(note.parent) and note.is_file() else None
@@ -236,7 +236,7 @@ def _noted(note: Path) -> dict[str, Any] | None:
         return None
 
 
-def _note_fingerprint(recipe: Recipe, found: DataFound) -> None:
+def _note_fingerprint(recipe: TrainingRecipe, found: DataFound) -> None:
     note = Path(recipe.save_folder, FINGERPRINT)
     note.parent.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(".partial")

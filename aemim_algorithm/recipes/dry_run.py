@@ -1,4 +1,4 @@
-"""What ``aemim pretrain --dry-run`` says: the recipe, its size, and what it expects to cost."""
+"""What ``--dry-run`` says: the recipe, its size, and what it expects to cost."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from aemim_algorithm.data.space import free_bytes, in_units
 from aemim_algorithm.recipes.data_preflight import DataFound, inspect_data
 from aemim_algorithm.recipes.datasets import is_remote, is_shards, place_of
 from aemim_algorithm.recipes.estimate import Estimate, estimate, matmul_rate
+from aemim_algorithm.recipes.finetune_preflight import CLASSES, prepare_finetuning
 from aemim_algorithm.recipes.preflight import checkpoints_kept, device_of, precision_of, prepare
-from aemim_algorithm.recipes.pretrain import learning_rate, microbatch_of
-from aemim_algorithm.recipes.schema import Recipe, RecipeError, recipe_yaml
+from aemim_algorithm.recipes.schema import (
+    FineTuneRecipe,
+    Recipe,
+    RecipeError,
+    TrainingRecipe,
+    recipe_yaml,
+)
+from aemim_algorithm.recipes.training import learning_rate, microbatch_of
 
 __all__ = ["count_images", "dry_run"]
 
 _DTYPES = {"fp32": torch.float32, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
 
 
-def dry_run(recipe: Recipe, *, seconds: float = 1.0) -> str:
+def dry_run(recipe: Recipe | FineTuneRecipe, *, seconds: float = 1.0) -> str:
     """Resolve and check a recipe, and estimate its cost, without training.
 
     Args:
@@ -36,9 +43,7 @@ def dry_run(recipe: Recipe, *, seconds: float = 1.0) -> str:
     Raises:
         RecipeError: If the recipe cannot run here.
     """
-    parts = prepare(recipe)
-    algorithm = next((part for part in parts.algorithms if isinstance(part, AEMIM)), None)
-    cost = estimate(parts.model, image_size=recipe.model["image_size"], algorithm=algorithm)
+    cost = _cost(recipe)
     device = device_of(recipe)
     rate = matmul_rate(device, _DTYPES[precision_of(recipe)], seconds=seconds)
     found = _data(recipe)
@@ -47,6 +52,16 @@ def dry_run(recipe: Recipe, *, seconds: float = 1.0) -> str:
     lines += [*_time(recipe, cost, rate, device, images)]
     lines.append(f"data: {found or 'to be converted into shards first'}")
     return "\n".join([*lines, *_disk(recipe, cost)])
+
+
+def _cost(recipe: Recipe | FineTuneRecipe) -> Estimate:
+    if isinstance(recipe, FineTuneRecipe):
+        plan = prepare_finetuning(recipe)
+        classes = recipe.model.classes or CLASSES
+        return estimate(lambda: plan.model(classes), image_size=plan.image_size)
+    parts = prepare(recipe)
+    algorithm = next((part for part in parts.algorithms if isinstance(part, AEMIM)), None)
+    return estimate(parts.model, image_size=recipe.model["image_size"], algorithm=algorithm)
 
 
 def count_images(source: str) -> int | None:
@@ -73,17 +88,23 @@ def count_images(source: str) -> int | None:
     return None
 
 
-def _size(recipe: Recipe, cost: Estimate) -> list[str]:
+def _size(recipe: TrainingRecipe, cost: Estimate) -> list[str]:
+    if isinstance(recipe, FineTuneRecipe):
+        parameters = f"parameters: {_millions(cost.encoder + cost.other)}"
+    else:
+        parameters = (
+            f"parameters: encoder {_millions(cost.encoder)}, decoder {_millions(cost.other)}, "
+            f"together {_millions(cost.encoder + cost.other)}; "
+            f"adversarial copies {_millions(cost.adversarial)}"
+        )
     return [
-        f"parameters: encoder {_millions(cost.encoder)}, decoder {_millions(cost.other)}, "
-        f"together {_millions(cost.encoder + cost.other)}; "
-        f"adversarial copies {_millions(cost.adversarial)}",
+        parameters,
         f"learning rate: {learning_rate(recipe):.3g} at its peak "
         f"(base rate x {recipe.global_batch_size} / 256)",
     ]
 
 
-def _memory(recipe: Recipe, cost: Estimate) -> list[str]:
+def _memory(recipe: TrainingRecipe, cost: Estimate) -> list[str]:
     micro = microbatch_of(recipe)
     images = 1 if isinstance(micro, str) else micro
     # Under autocast most of what is kept has half the width.
@@ -98,7 +119,7 @@ def _memory(recipe: Recipe, cost: Estimate) -> list[str]:
     ]
 
 
-def _data(recipe: Recipe) -> DataFound | None:
+def _data(recipe: TrainingRecipe) -> DataFound | None:
     """The training data as the preflight of a run finds it; ``None`` if it is not converted yet."""
     source = recipe.data.source
     folder = place_of(source, recipe.data, split="train")
@@ -107,7 +128,7 @@ def _data(recipe: Recipe) -> DataFound | None:
     return inspect_data(recipe, folder, keep_index=False)
 
 
-def _disk(recipe: Recipe, cost: Estimate) -> list[str]:
+def _disk(recipe: TrainingRecipe, cost: Estimate) -> list[str]:
     kept, free = checkpoints_kept(recipe), free_bytes(Path(recipe.save_folder))
     size = cost.state_bytes * 3 // 4  # without the gradients
     return [
@@ -116,7 +137,9 @@ def _disk(recipe: Recipe, cost: Estimate) -> list[str]:
     ]
 
 
-def _time(recipe: Recipe, cost: Estimate, rate: float, device: torch.device, images: int | None) -> list[str]:
+def _time(
+    recipe: TrainingRecipe, cost: Estimate, rate: float, device: torch.device, images: int | None
+) -> list[str]:
     world = dist.get_world_size()
     step = recipe.global_batch_size * cost.flops / (rate * world)
     total = _total_images(recipe, images)
@@ -135,7 +158,7 @@ def _time(recipe: Recipe, cost: Estimate, rate: float, device: torch.device, ima
     ]
 
 
-def _total_images(recipe: Recipe, images: int | None) -> int | None:
+def _total_images(recipe: TrainingRecipe, images: int | None) -> int | None:
     amount, unit = int(recipe.max_duration[:-2]), recipe.max_duration[-2:]
     if unit == "ba":
         return amount * recipe.global_batch_size

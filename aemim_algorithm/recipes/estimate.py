@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aemim_algorithm.adapters import apply_adapters
 from aemim_algorithm.algorithm import AEMIM
 from aemim_algorithm.losses import total_loss
+from aemim_algorithm.models.classifier import ImageClassifier
 from aemim_algorithm.search import find_encoder, resolve_encoder
 
 __all__ = ["Estimate", "attack_flops", "estimate", "matmul_rate", "saved_bytes", "step_flops"]
@@ -205,6 +206,8 @@ def matmul_rate(
 
 def _encoder(model: nn.Module, algorithm: AEMIM | None) -> nn.Module:
     """The encoder, or the module whose method it is."""
+    if isinstance(model, ImageClassifier):
+        return model.network
     path = (algorithm.encoder if algorithm is not None else None) or find_encoder(model)
     owner, _, encoder = resolve_encoder(model, path)
     return encoder if isinstance(encoder, nn.Module) else owner

@@ -5,9 +5,9 @@ Knows nothing of what a recipe means: any omegaconf structured config can be the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -20,13 +20,57 @@ __all__ = [
     "file_layers",
     "first_line",
     "known_names",
+    "load_onto",
     "merge_strictly",
     "override_layers",
+    "recipe_values",
 ]
+
+
+T = TypeVar("T")
 
 
 class RecipeError(ValueError):
     """A recipe that cannot run; its message is one line."""
+
+
+def load_onto(
+    schema: type[T],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    check: Callable[[T], None] | None = None,
+) -> T:
+    """Read a recipe onto a schema: its bases in order, then the file itself, then the overrides.
+
+    Args:
+        schema: Dataclass of the recipe's keys. A key ``run_name`` without a value gets the file's name.
+        path: YAML file. Its key ``bases`` lists further files, relative to itself. ``None``: there is none.
+        overrides: ``key=value`` each, where a dotted key reaches into a section.
+        check: Called with the recipe; raises `RecipeError` for values that cannot work.
+
+    Returns:
+        The recipe with every value resolved.
+
+    Raises:
+        RecipeError: For a missing file, a cycle of bases, an unknown key, a wrong type, a missing
+            or impossible value; one line.
+    """
+    merged = OmegaConf.structured(schema)
+    files = file_layers(Path(path)) if path is not None else ()
+    for origin, layer in [*files, *override_layers(overrides)]:
+        merged = merge_strictly(merged, layer, origin=origin)
+    if path is not None and OmegaConf.is_missing(merged, "run_name"):
+        merged.run_name = Path(path).stem
+    try:
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise RecipeError(f"{missing[0]} has no value: set it in the file or as {missing[0]}=…")
+        recipe = cast(T, OmegaConf.to_object(merged))
+        if check is not None:
+            check(recipe)
+    except (RecipeError, OmegaConfBaseException) as error:
+        raise RecipeError(f"{path or 'command line'}: {first_line(error)}") from error
+    return recipe
 
 
 def merge_strictly(schema: DictConfig, layer: DictConfig, *, origin: str) -> DictConfig:
@@ -114,6 +158,22 @@ def file_layers(path: Path, chain: tuple[Path, ...] = ()) -> Iterator[tuple[str,
     for base in bases:
         yield from file_layers(path.parent / str(base), (*chain, path))
     yield str(path), layer
+
+
+def recipe_values(path: Path) -> dict[str, Any]:
+    """What a recipe's file and its bases say, whatever kind of recipe it is; defaults are not in it.
+
+    Args:
+        path: YAML file.
+
+    Returns:
+        Its sections and values.
+
+    Raises:
+        RecipeError: As :func:`file_layers`.
+    """
+    merged = OmegaConf.merge(*(layer for _, layer in file_layers(path)))
+    return cast(dict[str, Any], OmegaConf.to_container(merged))
 
 
 def _read(path: Path) -> DictConfig:

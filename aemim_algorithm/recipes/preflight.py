@@ -18,13 +18,15 @@ from aemim_algorithm.callbacks import ReconstructionPictures
 from aemim_algorithm.data.space import existing_parent, free_bytes, in_units
 from aemim_algorithm.exchange.importing import require_start
 from aemim_algorithm.recipes.datasets import PHOTOS, is_remote, is_without_index
-from aemim_algorithm.recipes.layers import first_line
+from aemim_algorithm.recipes.layers import first_line, load_onto
 from aemim_algorithm.recipes.registry import Parts, build_parts
 from aemim_algorithm.recipes.resuming import has_checkpoint
-from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
+from aemim_algorithm.recipes.schema import Recipe, RecipeError, TrainingRecipe
 from aemim_algorithm.search import find_encoder, resolve_encoder
 
 __all__ = [
+    "check_place",
+    "check_space",
     "checkpoint_bytes",
     "checkpoints_kept",
     "continues",
@@ -35,7 +37,10 @@ __all__ = [
 ]
 
 # What a run cannot change on its way without becoming another run.
-_IDENTITY = ("seed", "model", "init_from", "algorithms", "optimizer", "schedule", "global_batch_size")
+_IDENTITY = (
+    *("seed", "model", "init_from", "augmentation", "algorithms", "optimizer", "schedule"),
+    "global_batch_size",
+)
 _DATA_IDENTITY = ("resize", "crop_scale", "mean", "std", "canonical_nodes")  # the images: data_preflight.py
 
 
@@ -52,25 +57,37 @@ def prepare(recipe: Recipe) -> Parts:
         RecipeError: If the recipe cannot run here; one line.
     """
     parts = build_parts(recipe)
-    _check_machine(recipe)
-    _check_sources(recipe)
-    _check_resumable(recipe)
-    _check_writable(recipe)
+    check_place(recipe)
     _check_model(recipe, parts)
     return parts
 
 
-def continues(recipe: Recipe) -> bool:
+def check_place(recipe: TrainingRecipe) -> None:
+    """Check a recipe of any kind against this machine and its own save folder.
+
+    Args:
+        recipe: A loaded recipe.
+
+    Raises:
+        RecipeError: If the recipe cannot run here; one line.
+    """
+    _check_machine(recipe)
+    _check_sources(recipe)
+    _check_resumable(recipe)
+    _check_writable(recipe)
+
+
+def continues(recipe: TrainingRecipe) -> bool:
     """Whether a checkpoint of the run is there, so that nothing of its initial weights is needed."""
     return recipe.autoresume and has_checkpoint(Path(recipe.save_folder))
 
 
-def on_gpu(recipe: Recipe) -> bool:
+def on_gpu(recipe: TrainingRecipe) -> bool:
     """Whether the run is on a GPU."""
     return recipe.device == "gpu" or (recipe.device is None and torch.cuda.is_available())
 
 
-def device_of(recipe: Recipe) -> torch.device:
+def device_of(recipe: TrainingRecipe) -> torch.device:
     """The device of this process."""
     return (
         torch.device("cuda", dist.get_local_rank())
@@ -79,7 +96,7 @@ def device_of(recipe: Recipe) -> torch.device:
     )
 
 
-def precision_of(recipe: Recipe) -> str:
+def precision_of(recipe: TrainingRecipe) -> str:
     """The precision of the run, as Composer calls it."""
     # Composer's own default on a GPU is float16, under which long MAE runs were seen to diverge.
     return recipe.precision or ("amp_bf16" if on_gpu(recipe) else "fp32")
@@ -104,7 +121,7 @@ def _check_model(recipe: Recipe, parts: Parts) -> None:
     except (ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
         raise RecipeError(f"model: {first_line(error)}") from error
     _check_uses(recipe, parts, model, features)
-    _check_space(recipe, model)
+    check_space(recipe, model)
 
 
 def _check_uses(recipe: Recipe, parts: Parts, model: nn.Module, features: Any) -> None:
@@ -137,7 +154,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
     return state + 2 * 4 * trained
 
 
-def checkpoints_kept(recipe: Recipe) -> int:
+def checkpoints_kept(recipe: TrainingRecipe) -> int:
     """How many checkpoints lie in the save folder at once, with the one that is being written."""
     if recipe.keep_checkpoints is not None:
         return recipe.keep_checkpoints + 1
@@ -149,7 +166,8 @@ def checkpoints_kept(recipe: Recipe) -> int:
     return 2  # it depends on the number of images
 
 
-def _check_space(recipe: Recipe, model: nn.Module) -> None:
+def check_space(recipe: TrainingRecipe, model: nn.Module) -> None:
+    """Refuse a disk that cannot hold the checkpoints of a run, with `RecipeError`."""
     folder = Path(recipe.save_folder)
     kept, size = checkpoints_kept(recipe), checkpoint_bytes(model)
     there = sum(path.stat().st_size for kind in ("*.pt", "*.distcp") for path in folder.rglob(kind))
@@ -161,7 +179,7 @@ def _check_space(recipe: Recipe, model: nn.Module) -> None:
         )
 
 
-def _check_writable(recipe: Recipe) -> None:
+def _check_writable(recipe: TrainingRecipe) -> None:
     parent = existing_parent(Path(recipe.save_folder))
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise RecipeError(
@@ -169,7 +187,7 @@ def _check_writable(recipe: Recipe) -> None:
         )
 
 
-def _check_sources(recipe: Recipe) -> None:
+def _check_sources(recipe: TrainingRecipe) -> None:
     """Here, not where a recipe is loaded: a saved one may outlive the place of its data."""
     for key in ("source", "test_source"):
         source = getattr(recipe.data, key)
@@ -183,7 +201,7 @@ def _check_sources(recipe: Recipe) -> None:
             raise RecipeError(f"data.{key}={source}: has no index.json: get it again")
 
 
-def _check_machine(recipe: Recipe) -> None:
+def _check_machine(recipe: TrainingRecipe) -> None:
     world = dist.get_world_size()
     if recipe.global_batch_size % world:
         raise RecipeError(
@@ -211,7 +229,7 @@ def _check_machine(recipe: Recipe) -> None:
         raise RecipeError("device_train_microbatch_size=auto: expected a number, as there is no GPU")
 
 
-def _check_resumable(recipe: Recipe) -> None:
+def _check_resumable(recipe: TrainingRecipe) -> None:
     """Refuse to go on with a run under other settings, or to write over it."""
     folder = Path(recipe.save_folder)
     if not has_checkpoint(folder):
@@ -223,7 +241,13 @@ def _check_resumable(recipe: Recipe) -> None:
         )
     if not (folder / "recipe.yaml").exists():
         return
-    before, now = (_identity(run) for run in (load_recipe(folder / "recipe.yaml"), recipe))
+    try:
+        started = load_onto(type(recipe), folder / "recipe.yaml")
+    except RecipeError as error:
+        raise RecipeError(
+            f"save_folder={folder}: holds a run of another kind ({error}); choose another run_name"
+        ) from error
+    before, now = _identity(started), _identity(recipe)
     if changed := [key for key in now if now[key] != before[key]]:
         raise RecipeError(
             f"{changed[0]}: the run in {folder} was started with another value "
@@ -231,8 +255,8 @@ def _check_resumable(recipe: Recipe) -> None:
         )
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
+def _identity(recipe: TrainingRecipe) -> dict[str, Any]:
     values = asdict(recipe)
-    return {key: values[key] for key in _IDENTITY} | {
+    return {key: values[key] for key in _IDENTITY if key in values} | {
         f"data.{key}": values["data"][key] for key in _DATA_IDENTITY
     }

@@ -27,7 +27,7 @@ from aemim_algorithm.models import MODELS
 from aemim_algorithm.recipes.layers import RecipeError, first_line, known_names
 from aemim_algorithm.recipes.options import check_options
 from aemim_algorithm.recipes.parallel import HybridFSDP2Config
-from aemim_algorithm.recipes.schema import Recipe
+from aemim_algorithm.recipes.schema import Recipe, TrainingRecipe
 
 __all__ = [
     "ALGORITHMS",
@@ -36,6 +36,7 @@ __all__ = [
     "Parts",
     "build_parts",
     "model_builder",
+    "parts_around",
     "snake_case",
 ]
 
@@ -65,10 +66,15 @@ def build_parts(recipe: Recipe) -> Parts:
     Raises:
         RecipeError: For an unknown name or option, or a value that its owner refuses; one line.
     """
+    return parts_around(model_builder(recipe), recipe)
+
+
+def parts_around(model: Callable[[], ComposerModel], recipe: TrainingRecipe) -> Parts:
+    """Build what a recipe of any kind names beside its model; see :func:`build_parts`."""
     pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
     pictures = {"folder": str(Path(recipe.save_folder, "pictures"))}
     return Parts(
-        model=model_builder(recipe),
+        model=model,
         algorithms=_build_all("algorithms", recipe.algorithms, ALGORITHMS, {"aemim": pixels}),
         callbacks=_build_all(
             "callbacks", recipe.callbacks, CALLBACKS, {"reconstruction_pictures": pixels | pictures}

@@ -9,22 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, cast
+from typing import Any, Literal, Optional
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from aemim_algorithm.recipes.layers import (
-    RecipeError,
-    file_layers,
-    first_line,
-    merge_strictly,
-    override_layers,
-)
-from aemim_algorithm.recipes.values import check_values
+from aemim_algorithm.recipes.layers import RecipeError, load_onto
+from aemim_algorithm.recipes.values import check_finetuning_values, check_pretraining_values
 
-__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_yaml", "save_recipe"]
+__all__ = [
+    "FineTuneRecipe",
+    "Recipe",
+    "RecipeError",
+    "TrainingRecipe",
+    "load_finetuning",
+    "load_recipe",
+    "recipe_yaml",
+    "save_recipe",
+]
 
 # omegaconf reads `Optional[X]`, not `X | None`, inside a container's type.
 Parts = dict[str, Optional[dict[str, Any]]]  # noqa: UP045
@@ -92,26 +94,21 @@ class ScheduleRecipe:
 
 
 @dataclass
-class Recipe:
-    """One pre-training run, complete.
+class TrainingRecipe:
+    """What a run of any kind is told.
 
-    ``model``: ``name`` of a builder and its keyword arguments. ``algorithms``, ``callbacks`` and
-    ``loggers``: names (``aemim``, ``reconstruction_pictures`` or any class of Composer's) with
-    their keyword arguments or nothing. ``parallelism``: ``fsdp2`` or ``fsdp`` with its options;
-    ``None`` is DDP. ``device_train_microbatch_size``: images per forward pass and device, all that
-    the device gets if ``None``. ``init_from`` is a file of ``aemim import`` that the model starts
-    from; a decoder that is not in it keeps its initialisation. Durations are Composer's: ``8ep``,
-    ``100ba``. ``run_name`` is the file's name unless it is given; ``device`` and ``precision`` are the
-    GPU and bfloat16 where there is one, else the CPU and float32. ``keep_checkpoints`` of the newest are
-    kept (``null``: all). ``on_nonfinite``: a batch whose loss or gradients are NaN or infinite stops the
-    run, or is skipped, up to 10 in a row. A process that waits ``dist_timeout`` seconds for the others
-    ends the run.
+    ``algorithms``, ``callbacks`` and ``loggers``: names (any class of Composer's, or of ours: ``aemim``,
+    ``reconstruction_pictures``) with their keyword arguments or nothing. ``parallelism``: ``fsdp2`` or
+    ``fsdp`` with its options; ``None`` is DDP. ``device_train_microbatch_size``: images per forward pass and
+    device, all that the device gets if ``None``. Durations are Composer's: ``8ep``, ``100ba``. ``run_name``
+    is the file's name unless it is given; ``device`` and ``precision`` are the GPU and bfloat16 where there
+    is one, else the CPU and float32. ``keep_checkpoints`` of the newest are kept (``null``: all).
+    ``on_nonfinite``: a batch whose loss or gradients are NaN or infinite stops the run, or is skipped, up to
+    10 in a row. A process that waits ``dist_timeout`` seconds for the others ends the run.
     """
 
     run_name: str = MISSING
     seed: int = 17
-    model: dict[str, Any] = MISSING
-    init_from: str | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
     algorithms: Parts = field(default_factory=dict)
     callbacks: Parts = field(default_factory=dict)
@@ -131,44 +128,97 @@ class Recipe:
     autoresume: bool = True
     on_nonfinite: Literal["stop", "skip"] = "stop"
     dist_timeout: float = 300.0
+
+
+@dataclass
+class Recipe(TrainingRecipe):
+    """One pre-training run, complete.
+
+    ``model``: ``name`` of a builder and its keyword arguments. ``init_from`` is a file of ``aemim import``
+    that the model starts from; a decoder that is not in it keeps its initialisation. ``evaluate``: k-NN and
+    linear probe at the end.
+    """
+
+    model: dict[str, Any] = MISSING
+    init_from: str | None = None
     evaluate: bool = False
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe: its bases in order, then the file itself, then the overrides.
+@dataclass
+class ClassifierRecipe:
+    """The classifier, and where it starts.
 
-    Args:
-        path: YAML file. Its key ``bases`` lists further files, relative to itself.
-        overrides: ``key=value`` each, where a dotted key reaches into a section.
-
-    Returns:
-        The recipe with every value resolved.
-
-    Raises:
-        RecipeError: For a missing file, a cycle of bases, an unknown key, a wrong type, a missing
-            or impossible value; one line.
+    ``encoder`` is an ``encoder.pt`` in timm's names, as a run or ``aemim export`` writes it, or ``random``:
+    training from scratch. ``name`` is the encoder's architecture: a ViT or Swin of timm
+    (``vit_base_patch16_224``) or of this package with ``options`` (``mae_vit_tiny_patch4``, {depth: 6}); by
+    default the ``recipe.yaml`` beside the encoder tells it. ``image_size`` is the side of the images, in
+    pixels, ``None``: as the encoder was trained; position embeddings are interpolated to another one.
+    ``drop_path`` is the rate of stochastic depth in the last block. ``classes`` is their number, ``None``:
+    those of the training data.
     """
-    merged = OmegaConf.structured(Recipe)
-    for origin, layer in [*file_layers(Path(path)), *override_layers(overrides)]:
-        merged = merge_strictly(merged, layer, origin=origin)
-    if OmegaConf.is_missing(merged, "run_name"):
-        merged.run_name = Path(path).stem
-    try:
-        if missing := sorted(OmegaConf.missing_keys(merged)):
-            raise RecipeError(f"{missing[0]} has no value: set it in the file or as {missing[0]}=…")
-        recipe = cast(Recipe, OmegaConf.to_object(merged))
-        check_values(recipe)
-    except (RecipeError, OmegaConfBaseException) as error:
-        raise RecipeError(f"{path}: {first_line(error)}") from error
-    return recipe
+
+    encoder: str = MISSING
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    drop_path: float = MISSING
+    classes: int | None = None
 
 
-def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, which :func:`load_recipe` reads back to an equal recipe."""
+@dataclass
+class LayerDecayRecipe(OptimizerRecipe):
+    """AdamW whose rate falls from the head, which has all of it, by ``layer_decay`` with each block."""
+
+    layer_decay: float = MISSING
+
+
+@dataclass
+class AugmentationRecipe:
+    """Augmentation beyond crop and mirroring.
+
+    ``randaugment`` is a policy of timm's, ``mixup`` and ``cutmix`` are parameters of the beta distribution of
+    the mixing ratio (0: none), ``switch_prob`` is how often CutMix is taken where both are on, and
+    ``label_smoothing`` the share of a target that all classes have in equal parts.
+    """
+
+    randaugment: str | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    switch_prob: float = 0.5
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class FineTuneRecipe(TrainingRecipe):
+    """One fine-tuning run, complete: a classifier on ``data``, tested on ``data.test_source``.
+
+    The test images are seen every ``eval_interval`` and at the end. ``evaluation_crop`` is the side of their
+    central crop over their short side.
+    """
+
+    model: ClassifierRecipe = field(default_factory=ClassifierRecipe)
+    optimizer: LayerDecayRecipe = field(default_factory=LayerDecayRecipe)
+    augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
+    eval_interval: str = "1ep"
+    evaluation_crop: float = 0.875
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe of pre-training; see :func:`~aemim_algorithm.recipes.layers.load_onto`."""
+    return load_onto(Recipe, path, overrides, check=check_pretraining_values)
+
+
+def load_finetuning(path: str | Path, overrides: Sequence[str] = ()) -> FineTuneRecipe:
+    """Read a recipe of fine-tuning; see :func:`~aemim_algorithm.recipes.layers.load_onto`."""
+    return load_onto(FineTuneRecipe, path, overrides, check=check_finetuning_values)
+
+
+def recipe_yaml(recipe: TrainingRecipe) -> str:
+    """The resolved recipe as YAML, which the function that loaded it reads back to an equal recipe."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
+def save_recipe(recipe: TrainingRecipe, path: Path) -> None:
     """Write the resolved recipe, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

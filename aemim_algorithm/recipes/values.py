@@ -11,12 +11,16 @@ from streaming.base.util import bytes_to_int
 from aemim_algorithm.recipes.layers import RecipeError
 
 if TYPE_CHECKING:
-    from aemim_algorithm.recipes.schema import Recipe
+    from aemim_algorithm.recipes.schema import FineTuneRecipe, Recipe, TrainingRecipe
 
-__all__ = ["check_values"]
+__all__ = ["check_finetuning_values", "check_pretraining_values"]
+
+_EXAMPLE = "a duration such as 8ep, 100ba or 5000sp"
+_WHOLE = re.compile(r"[1-9]\d*(ep|ba|sp)")
+_SHARE = re.compile(r"\d+(ep|ba|sp)|0?\.\d+dur")
 
 
-def check_values(recipe: Recipe) -> None:
+def check_pretraining_values(recipe: Recipe) -> None:
     """Refuse values that have the right type and cannot work, on any machine.
 
     Args:
@@ -25,6 +29,43 @@ def check_values(recipe: Recipe) -> None:
     Raises:
         RecipeError: Names the key, its value and what is expected.
     """
+    _check_values(recipe)
+    if recipe.evaluate:
+        remote = "://" in recipe.data.source
+        _require(not remote, recipe, "data.source", "a local one under evaluate=true")
+        _require(_has_test(recipe), recipe, "data.test_source", "test images under evaluate=true")
+
+
+def check_finetuning_values(recipe: FineTuneRecipe) -> None:
+    """Refuse values that have the right type and cannot work; see :func:`check_pretraining_values`."""
+    _check_values(recipe)
+    model, augmentation = recipe.model, recipe.augmentation
+    size, classes = model.image_size, model.classes
+    _require(0 < recipe.optimizer.layer_decay <= 1, recipe, "optimizer.layer_decay", "in (0, 1]")
+    _require(0 <= model.drop_path < 1, recipe, "model.drop_path", "in [0, 1)")
+    _require(size is None or size >= 1, recipe, "model.image_size", "at least 1 pixel")
+    _require(classes is None or classes >= 2, recipe, "model.classes", "at least 2")
+    _require(
+        classes is not None or "://" not in recipe.data.source,
+        recipe,
+        "model.classes",
+        "their number, as data.source is a URL",
+    )
+    for key in ("mixup", "cutmix"):
+        _require(getattr(augmentation, key) >= 0, recipe, f"augmentation.{key}", "at least 0")
+    _require(0 <= augmentation.switch_prob <= 1, recipe, "augmentation.switch_prob", "in [0, 1]")
+    smoothing = augmentation.label_smoothing
+    _require(0 <= smoothing < 1, recipe, "augmentation.label_smoothing", "in [0, 1)")
+    _require(0 < recipe.evaluation_crop <= 1, recipe, "evaluation_crop", "in (0, 1]")
+    _require(_is_interval(recipe.eval_interval), recipe, "eval_interval", _EXAMPLE)
+    _require(_has_test(recipe), recipe, "data.test_source", "test images, which a classifier is scored on")
+
+
+def _has_test(recipe: TrainingRecipe) -> bool:
+    return recipe.data.source == "photos" or recipe.data.test_source is not None
+
+
+def _check_values(recipe: TrainingRecipe) -> None:
     optimizer, schedule = recipe.optimizer, recipe.schedule
     micro = recipe.device_train_microbatch_size
     _require(recipe.global_batch_size >= 1, recipe, "global_batch_size", "at least 1")
@@ -43,29 +84,25 @@ def check_values(recipe: Recipe) -> None:
     _require(optimizer.weight_decay >= 0, recipe, "optimizer.weight_decay", "at least 0")
     _require(all(0 <= beta < 1 for beta in optimizer.betas), recipe, "optimizer.betas", "in [0, 1)")
     _require(schedule.min_learning_rate >= 0, recipe, "schedule.min_learning_rate", "at least 0")
+    peak = optimizer.base_learning_rate * recipe.global_batch_size / 256
+    expected = f"at most the peak rate, {peak:.3g}"
+    _require(schedule.min_learning_rate <= peak, recipe, "schedule.min_learning_rate", expected)
     _check_durations(recipe)
     _check_steps(recipe)
     _check_data(recipe)
 
 
-def _require(holds: bool, recipe: Recipe, key: str, expected: str) -> None:
+def _require(holds: bool, recipe: TrainingRecipe, key: str, expected: str) -> None:
     if not holds:
         value = OmegaConf.select(OmegaConf.structured(recipe), key)
         raise RecipeError(f"{key}={value}: expected {expected}")
 
 
-def _check_durations(recipe: Recipe) -> None:
-    example = "a duration such as 8ep, 100ba or 5000sp"
-    whole = re.compile(r"[1-9]\d*(ep|ba|sp)")
-    share = re.compile(r"\d+(ep|ba|sp)|0?\.\d+dur")
-    _require(bool(whole.fullmatch(recipe.max_duration)), recipe, "max_duration", example)
-    interval = recipe.save_interval
-    positive = bool(whole.fullmatch(interval)) or (
-        interval.endswith("dur") and bool(share.fullmatch(interval))
-    )
-    _require(positive, recipe, "save_interval", example)
+def _check_durations(recipe: TrainingRecipe) -> None:
+    _require(bool(_WHOLE.fullmatch(recipe.max_duration)), recipe, "max_duration", _EXAMPLE)
+    _require(_is_interval(recipe.save_interval), recipe, "save_interval", _EXAMPLE)
     warmup = recipe.schedule.warmup
-    _require(bool(share.fullmatch(warmup)), recipe, "schedule.warmup", f"{example} or 0.05dur")
+    _require(bool(_SHARE.fullmatch(warmup)), recipe, "schedule.warmup", f"{_EXAMPLE} or 0.05dur")
     total = recipe.max_duration
     comparable = warmup[-2:] == total[-2:]
     fits = not comparable or int(warmup[:-2]) < int(total[:-2])
@@ -74,7 +111,7 @@ def _check_durations(recipe: Recipe) -> None:
     _require(not mixed, recipe, "schedule.warmup", f"the unit of max_duration={total}")
 
 
-def _check_steps(recipe: Recipe) -> None:
+def _check_steps(recipe: TrainingRecipe) -> None:
     """The milestones of a rate that falls in steps."""
     schedule, total = recipe.schedule, recipe.max_duration
     times = [re.fullmatch(r"([1-9]\d*)(ep|ba|sp)", milestone) for milestone in schedule.milestones]
@@ -90,7 +127,7 @@ def _check_steps(recipe: Recipe) -> None:
     _require(floorless, recipe, "schedule.min_learning_rate", "0 with milestones, which have no floor")
 
 
-def _check_data(recipe: Recipe) -> None:
+def _check_data(recipe: TrainingRecipe) -> None:
     data, remote = recipe.data, "://" in recipe.data.source
     _require(
         0 < data.crop_scale[0] <= data.crop_scale[1] <= 1, recipe, "data.crop_scale", "0 < low <= high <= 1"
@@ -107,10 +144,11 @@ def _check_data(recipe: Recipe) -> None:
     divides = data.canonical_nodes >= 1 and recipe.global_batch_size % data.canonical_nodes == 0
     divisor = f"a divisor of global_batch_size={recipe.global_batch_size}"
     _require(divides, recipe, "data.canonical_nodes", divisor)
-    if recipe.evaluate:
-        _require(not remote, recipe, "data.source", "a local one under evaluate=true")
-        tested = data.source == "photos" or data.test_source is not None
-        _require(tested, recipe, "data.test_source", "test images under evaluate=true")
+
+
+def _is_interval(interval: str) -> bool:
+    share = interval.endswith("dur") and bool(_SHARE.fullmatch(interval))
+    return share or bool(_WHOLE.fullmatch(interval))
 
 
 def _is_size(limit: str | int | None) -> bool:

@@ -24,12 +24,12 @@ from aemim_algorithm.recipes.preflight import prepare
 from aemim_algorithm.recipes.pretrain import (
     Outputs,
     build_trainer,
-    learning_rate,
     parameter_groups,
     pretrain,
 )
 from aemim_algorithm.recipes.registry import build_parts
 from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
+from aemim_algorithm.recipes.training import learning_rate
 
 RECIPE = """
 model:
@@ -78,6 +78,15 @@ def recipe_in(folder: Path, images: Path, *overrides: str) -> Recipe:
         f"save_folder={folder / 'run'}",
     ]
     return load_recipe(path, [*places, *overrides])
+
+
+def test_test_images_of_other_classes_are_refused_before_training(images: Path, tmp_path: Path) -> None:
+    write_images(tmp_path / "other", per_class=1)
+    (tmp_path / "other" / "1").rename(tmp_path / "other" / "zebra")
+    recipe = recipe_in(tmp_path, images, "evaluate=true", f"data.test_source={tmp_path / 'other'}")
+    with pytest.raises(ValueError, match="the class 'zebra' is none of the 2"):
+        pretrain(recipe)
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +459,9 @@ def test_a_full_disk_ends_the_command_with_one_line_and_code_1(
         main()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "aemim:" in line]
     assert "a checkpoint could not be written" in line
-    assert not [path for path in (tmp_path / "run").iterdir() if path.suffix not in (".yaml", ".json")]
+    assert not [
+        path for path in (tmp_path / "run").iterdir() if path.suffix not in (".yaml", ".json", ".jsonl")
+    ]
     with pytest.raises(SystemExit, match="0"):
         main()
     assert (tmp_path / "run" / "encoder.pt").exists()

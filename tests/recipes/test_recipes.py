@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.recipes.pretrain import learning_rate
 from aemim_algorithm.recipes.registry import build_parts
 from aemim_algorithm.recipes.schema import Recipe, load_recipe
+from aemim_algorithm.recipes.training import learning_rate
 
 YAMLS = Path(__file__).parents[2] / "yamls"
-RECIPES = sorted(path for path in YAMLS.rglob("*.yaml") if path.parent.name not in ("_base", "cloud"))
+RECIPES = [*sorted((YAMLS / "pretrain").glob("*.yaml")), YAMLS / "quickstart.yaml"]
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "mae": None,
