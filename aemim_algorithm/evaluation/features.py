@@ -1,7 +1,7 @@
-"""Features of a frozen encoder: the average of its patch tokens.
+"""Features of a frozen encoder: the average of its patch tokens, or its class token.
 
-The class token is left out: masked image modeling puts no loss on it, so what stands there is
-not trained for anything, while the patch tokens are.
+The average is the default: masked image modeling puts no loss on the class token, so what stands there is
+not trained for anything, while the patch tokens are. The MAE paper's linear probe takes the class token.
 
 Cost: one unmasked encoder forward per image, without gradients.
 """
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_features", "evaluating", "extract_features"]
+__all__ = ["Pooling", "check_features", "evaluating", "extract_features"]
 
 Batch = tuple[Tensor, Tensor]
+Pooling = Literal["average", "class"]
 
 
 @contextmanager
@@ -40,6 +42,7 @@ def extract_features(
     *,
     normalize: Callable[[Batch], Batch],
     device: torch.device | str,
+    pooling: Pooling = "average",
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run frozen encoders over a data set, which is read once.
 
@@ -52,13 +55,15 @@ def extract_features(
         normalize: Maps a batch of the loader, images on ``device``, to one whose images the encoders
             take: :class:`~aemim_algorithm.data.transforms.Normalize`.
         device: Where the encoders run.
+        pooling: ``"average"`` of the patch tokens, or the ``"class"`` token, which is the first.
 
     Returns:
         Features of each encoder, shape (n, dim), float32, and labels, shape (n,), int64, all on the
         CPU and in the loader's order.
 
     Raises:
-        ValueError: If an encoder is on another device, returns no tokens, or the loader is empty.
+        ValueError: If an encoder is on another device, returns no tokens or has no class token to take, or
+            the loader is empty.
     """
     device = torch.device(device)
     features: dict[str, list[Tensor]] = {name: [] for name in encoders}
@@ -70,7 +75,7 @@ def extract_features(
         for images, targets in loader:
             normalised, _ = normalize((images.to(device), targets))
             for name, encoder in encoders.items():
-                features[name].append(_average_patches(encoder, encoder(normalised)).cpu())
+                features[name].append(_pool(encoder, encoder(normalised), pooling).cpu())
             labels.append(torch.as_tensor(targets, dtype=torch.int64))
     if not labels:
         raise ValueError("got a loader without batches; expected at least one image to evaluate on")
@@ -100,14 +105,18 @@ def check_features(features: Tensor, labels: Tensor, *, split: str) -> None:
         raise ValueError(f"got {split} labels {labels.dtype}; expected integers from 0")
 
 
-def _average_patches(encoder: nn.Module, tokens: Tensor) -> Tensor:
+def _pool(encoder: nn.Module, tokens: Tensor, pooling: Pooling) -> Tensor:
     prefix = int(getattr(encoder, "num_prefix_tokens", 1))
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[1] <= prefix:
         got = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ValueError(
             f"got {got} from the encoder; expected tokens of shape (batch, {prefix} + patches, dim)"
         )
-    return tokens[:, prefix:].float().mean(dim=1)
+    if pooling == "average":
+        return tokens[:, prefix:].float().mean(dim=1)
+    if prefix == 0:
+        raise ValueError("pooling=class: the encoder has no class token; expected pooling=average")
+    return tokens[:, 0].float()
 
 
 def _check_device(encoder: nn.Module, device: torch.device) -> None:

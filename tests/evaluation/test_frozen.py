@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,13 @@ def noisy_colours(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (noise + tint + colours[:, :, None, None]).clamp(0, 255).to(torch.uint8), labels
 
 
-def shards(folder: Path, images: Tensor, labels: Tensor) -> Path:
+def shards(
+    folder: Path, images: Tensor, labels: Tensor, classes: tuple[str, ...] = ("red", "green", "blue")
+) -> Path:
     samples = [
         (encode_png(image).numpy().tobytes(), int(label)) for image, label in zip(images, labels, strict=True)
     ]
-    write_shards(samples, folder, classes=("red", "green", "blue"), made_from={})
+    write_shards(samples, folder, classes=classes, made_from={})
     return folder
 
 
@@ -60,3 +63,20 @@ def test_scores_are_those_of_the_patch_averages(tmp_path: Path) -> None:
         assert scores[name]["knn"] == pytest.approx(knn_accuracy(*splits), abs=2.3)
         assert scores[name]["linear"] == pytest.approx(linear_probe_accuracy(*splits), abs=2.3)
         assert 45 < min(scores[name].values()) < 100
+
+
+def test_classes_are_matched_by_their_names(tmp_path: Path) -> None:
+    (train, labels), (test, targets) = noisy_colours(90, seed=0), noisy_colours(45, seed=1)
+    some = targets != 1
+    learnt = shards(tmp_path / "train", train, labels)
+    known = shards(tmp_path / "known", test[some], targets[some])
+    other = shards(tmp_path / "other", test[some], (targets[some] == 0).long(), ("blue", "red"))
+    encoders = {"it": tiny_mae().encoder}
+    options: dict[str, Any] = {"image_size": 16, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    expected = evaluate_encoders(encoders, learnt, known, **options)
+    assert evaluate_encoders(encoders, learnt, other, **options) == expected
+    assert expected["it"]["knn"] > 45
+    strange = shards(tmp_path / "strange", test[some], (targets[some] == 0).long(), ("blue", "zebra"))
+    with pytest.raises(ValueError, match="the class 'zebra' is none of the 3") as caught:
+        evaluate_encoders(encoders, learnt, strange, **options)
+    assert "\n" not in str(caught.value)
