@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hand_made import write_grey
 from PIL import Image
 from timm.data import create_transform
 
@@ -17,7 +18,6 @@ from aemim_algorithm.data.shards import write_shards
 from aemim_algorithm.evaluation.image_ids import read_ids, select
 from aemim_algorithm.evaluation.image_sets import ImageSet, Sample, open_images
 from aemim_algorithm.evaluation.view import EvaluationView
-from tests.evaluation.hand_made import write_grey
 
 
 def _photo(height: int = 61, width: int = 83) -> Image.Image:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hand_made import by_grey_level, write_grey
 from torch import nn
 
 from aemim_algorithm.classifier import Classifier
@@ -21,7 +22,6 @@ from aemim_algorithm.evaluation.imagenet_classes import (
     subset_indices,
 )
 from aemim_algorithm.evaluation.predict import predict
-from tests.evaluation.hand_made import by_grey_level, write_grey
 
 SYNSETS = imagenet_synsets()
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hand_made import by_grey_level, write_grey
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from aemim_algorithm.classifier import Classifier
 from aemim_algorithm.evaluation.image_sets import open_images
 from aemim_algorithm.evaluation.predict import predict
-from tests.evaluation.hand_made import by_grey_level, write_grey
 
 
 class _Images(Dataset[tuple[Tensor, int, int]]):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hand_made import by_grey_level, write_grey
 from torch import Tensor, nn
 
 from aemim_algorithm.classifier import Classifier
 from aemim_algorithm.evaluation.imagenet_classes import imagenet_synsets
 from aemim_algorithm.evaluation.suite import evaluate_sets, open_sets, skipped_sets
-from tests.evaluation.hand_made import by_grey_level, write_grey
 
 SYNSETS = imagenet_synsets()
 

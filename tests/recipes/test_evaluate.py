@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hand_made import write_grey
 from typer.testing import CliRunner
 
 from aemim_algorithm.classifier import save_classifier
@@ -21,7 +22,6 @@ from aemim_algorithm.evaluation.suite import evaluate_sets, open_sets
 from aemim_algorithm.recipes.evaluate import evaluate
 from aemim_algorithm.recipes.evaluate_schema import load_evaluate_recipe
 from aemim_algorithm.recipes.layers import RecipeError
-from tests.evaluation.hand_made import write_grey
 
 YAMLS = Path(__file__).parents[2] / "yamls" / "evaluate"
 SYNSETS = imagenet_synsets()
