@@ -98,6 +98,7 @@ class AtomicCheckpoints(CheckpointSaver):
         folder = Path(format_name_with_dist(self.folder, state.run_name))
         with _removed_afterwards(folder / _PARTIAL):
             written = save_checkpoint(state, str(folder / _PARTIAL / FILE_NAME))
+            dist.barrier()  # each rank has looked for its file, which the first one now takes away
             if dist.get_global_rank() != 0:
                 return
             assert written is not None  # the first rank always writes

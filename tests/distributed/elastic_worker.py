@@ -6,7 +6,9 @@ and at its end, and the samples that it saw, go to ``FOLDER/<kind>-<what>.pt``, 
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +110,21 @@ def trainer_of(
     return trainer
 
 
+def look_late() -> None:
+    """Let the second rank look for its file when the first one could have taken it away."""
+    exists = os.path.exists
+
+    def late(path: Any) -> bool:
+        if dist.get_global_rank() == 1 and str(path).endswith(".distcp"):
+            time.sleep(0.5)
+        return exists(path)
+
+    os.path.exists = late  # type: ignore[assignment]
+
+
 def save(folder: Path, kind: str) -> None:
     """The whole run, which saves on its way."""
+    look_late()
     record = Record([], SAVED_AT)
     saver = AtomicCheckpoints(str(folder / kind), interval=f"{SAVED_AT}ba")
     trainer = trainer_of(folder, kind, record, seed=0, callbacks=[saver])

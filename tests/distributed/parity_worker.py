@@ -257,12 +257,12 @@ def main(folder: Path) -> None:
                 state = run(CASES[number], kind)
             if dist.get_global_rank() == 0:
                 torch.save(state, folder / f"{kind}-{number}.pt")
-    if world == 2:
-        with noted(folder, "bfloat16"):
-            run_in_bfloat16(folder)
     if world < 4:
         with noted(folder, "unused parameters"):
             run_with_unused_parameters(folder)
+    if world == 2:
+        with noted(folder, "bfloat16"):
+            run_in_bfloat16(folder)  # last: it changes what precision is for this process
 
 
 if __name__ == "__main__":
