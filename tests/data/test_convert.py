@@ -6,6 +6,7 @@ import json
 import pickle
 import tarfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,9 @@ def test_a_full_disk_or_an_interruption_leaves_nothing(
     with pytest.raises(expected, match=message):
         convert(folder, tmp_path / "out", progress=False)
     assert set(tmp_path.iterdir()) == before
+    deadline = time.monotonic() + 20
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)  # the writer does not wait for its own threads
     assert threading.active_count() <= threads
 
 
