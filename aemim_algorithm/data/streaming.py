@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from aemim_algorithm.data.damage import read_sample
 from aemim_algorithm.data.failures import in_one_line
 from aemim_algorithm.data.image_stream import ImageStream
 from aemim_algorithm.data.index import check_columns, check_shards, encodings_of
-from aemim_algorithm.data.remote import RETRIES, TIMEOUT
 from aemim_algorithm.data.shards import DESCRIPTION
 from aemim_algorithm.data.transforms import CenterCrop, Normalize
 from aemim_algorithm.validation import require_integer
@@ -91,50 +90,23 @@ class _TrainingLoader(StreamingDataLoader):
 def train_data(
     local: str | Path,
     *,
-    image_size: int,
     batch_size: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    remote: str | None = None,
-    seed: int = 17,
     workers: int = 0,
-    crop_scale: tuple[float, float] = (0.2, 1.0),
-    shuffle: bool = True,
-    cache_limit: int | str | None = None,
-    verify: bool | None = None,
-    download_retries: int = RETRIES,
-    download_timeout: float = TIMEOUT,
-    canonical_nodes: int = 1,
-    max_broken: int = 0,
-    dist_timeout: float = 300.0,
-    augment: Callable[[Tensor, int], Tensor] | None = None,
-    num_classes: int | None = None,
     mixing: BatchMixing | None = None,
+    **images: Any,
 ) -> DataSpec:
     """Training data for Composer's Trainer: uint8 batches, normalised on the device.
 
     Args:
-        local: See `ImageStream`, as for `image_size`, `remote`, `seed`, `crop_scale`, `shuffle`,
-            `cache_limit`, `canonical_nodes` and `max_broken`.
-        image_size: Side of the crops, in pixels.
+        local: Folder of the shards; with `remote`, the folder to download them into.
         batch_size: Samples per batch and device; a last incomplete batch is dropped.
         mean: Of the pixels in [0, 1], per channel.
         std: Of the pixels in [0, 1], per channel.
-        remote: Where to download the shards from.
-        seed: Decides the order and the crops.
         workers: Processes that decode; 0: the training process itself.
-        crop_scale: Bounds of a crop's area, as a fraction of the image's.
-        shuffle: Whether to mix the samples.
-        cache_limit: Bytes that downloaded shards may take.
-        verify: See `ImageStream`, as for `download_retries` and `download_timeout`.
-        download_retries: How often a failed download is repeated.
-        download_timeout: Seconds that one download of one shard may take.
-        canonical_nodes: Equal shares of the shards that the order of samples is made of.
-        max_broken: Samples that may be no images and are replaced; `BrokenImages` counts them.
-        dist_timeout: See `ImageStream`.
-        augment: See `ImageStream`, as for `num_classes`.
-        num_classes: Number of classes.
         mixing: Mixes the samples of each device's batch and normalises them, in place of `mean` and `std`.
+        **images: Further arguments of `ImageStream`: `image_size`, `remote`, `seed`, ...
 
     Returns:
         Batches `{"image": (batch_size, 3, image_size, image_size), "label": (batch_size,), "seed":
@@ -147,24 +119,7 @@ def train_data(
     """
     normalize = Normalize(mean, std)
     require_integer("workers", workers, low=0)
-    dataset = ImageStream(
-        local=local,
-        image_size=image_size,
-        batch_size=batch_size,
-        remote=remote,
-        seed=seed,
-        crop_scale=crop_scale,
-        shuffle=shuffle,
-        cache_limit=cache_limit,
-        verify=verify,
-        download_retries=download_retries,
-        download_timeout=download_timeout,
-        canonical_nodes=canonical_nodes,
-        max_broken=max_broken,
-        dist_timeout=dist_timeout,
-        augment=augment,
-        num_classes=num_classes,
-    )
+    dataset = ImageStream(local=local, batch_size=batch_size, **images)
     loader = _TrainingLoader(dataset, batch_size=batch_size, drop_last=True, **_loader_options(workers))
     if mixing is not None:
         return DataSpec(loader, microbatch_transforms=mixing.mix, split_batch=mixing.split)
