@@ -28,7 +28,6 @@ from composer.models import ComposerModel
 from composer.optim import ComposerScheduler
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from aemim_algorithm.adapters import (
@@ -58,7 +57,7 @@ from aemim_algorithm.repeat import RepeatedBatch
 from aemim_algorithm.samples import first_dimension
 from aemim_algorithm.schedule import Schedule, largest, parse_schedule, schedule_text, value_at
 from aemim_algorithm.search import find_encoder, resolve_encoder
-from aemim_algorithm.sharding import require_one_synchronisation
+from aemim_algorithm.sharding import require_one_synchronisation, unwrapped
 from aemim_algorithm.validation import (
     require_choice,
     require_integer,
@@ -183,7 +182,8 @@ class AEMIM(Algorithm):
             optimizers: The optimizers that train it, if they exist already.
 
         Raises:
-            ValueError: If the model has no encoder, nothing to adapt, or checkpoints its activations.
+            ValueError: If the model has no encoder or nothing to adapt, or checkpoints its activations in
+                a way that cannot be repeated.
         """
         path = self.encoder or find_encoder(model, channels=len(self.mean))
         owner, _, encoder = resolve_encoder(model, path)  # before anything is changed
@@ -274,7 +274,7 @@ class AEMIM(Algorithm):
                 "AEMIM along: pass AEMIM to the Trainer, algorithms=[AEMIM(...)]"
             )
         prepare_for(self, state, logger)
-        self.attach(_unwrapped(state.model), state.optimizers)
+        self.attach(unwrapped(state.model), state.optimizers)
         copy_again(self, state, logger)
         if not any(isinstance(callback, FiniteCheck) for callback in state.callbacks):
             state.callbacks.append(FiniteCheck())
@@ -299,14 +299,14 @@ class AEMIM(Algorithm):
         require_one_synchronisation(state.model)
         # Events run outside of the Trainer's autocast.
         precision = partial(get_precision_context, state.precision, state.precision_config)
-        self._run_branch(_unwrapped(state.model), state.batch, state.outputs, precision)
+        self._run_branch(unwrapped(state.model), state.batch, state.outputs, precision)
 
     def _on_before_loss(self, state: State, logger: Logger) -> None:
         self._before_loss = RngState.capture()
 
     def _on_after_loss(self, state: State, logger: Logger) -> None:
         with get_precision_context(state.precision, state.precision_config):
-            state.loss = self._combine(_unwrapped(state.model), state.loss)
+            state.loss = self._combine(unwrapped(state.model), state.loss)
 
     def _on_after_train_batch(self, state: State, logger: Logger) -> None:
         self._range.warn_once()
@@ -335,8 +335,8 @@ class AEMIM(Algorithm):
     def _check_model(self, model: torch.nn.Module) -> None:
         """What can be seen only after INIT, before the first batch."""
         checkpointed = repeat_what_forward_saw(model, self._get_branch().tap.module)
-        prepare_compiled(_unwrapped(model), checkpointed=checkpointed > 0)
-        self._get_branch().tap.prepare_sharded(_unwrapped(model))
+        prepare_compiled(unwrapped(model), checkpointed=checkpointed > 0)
+        self._get_branch().tap.prepare_sharded(unwrapped(model))
         if len(adapters_of(model)) < self._num_adapters:
             raise ValueError(
                 "another algorithm has replaced adapters of AEMIM: pass AEMIM after it in algorithms=[...]"
@@ -429,8 +429,3 @@ class AEMIM(Algorithm):
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy starts unattached: hooks and tensors of a run belong to its model.
         return partial(type(self), **self._arguments()), ()
-
-
-def _unwrapped(model: Any) -> ComposerModel:
-    # DDP's own forward must run once a step; the second pass goes to the module inside.
-    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -18,12 +18,12 @@ from composer.core.precision import get_precision_context
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from aemim_algorithm.adapters import copies_of_buffers
 from aemim_algorithm.diagnosis import Pass, describe_gradients, describe_losses
 from aemim_algorithm.losses import total_loss
 from aemim_algorithm.randomness import RngState
+from aemim_algorithm.sharding import unwrapped
 from aemim_algorithm.validation import require_choice, require_integer
 
 __all__ = ["FiniteCheck"]
@@ -86,7 +86,7 @@ class FiniteCheck(Callback):
     def after_backward(self, state: State, logger: Logger) -> None:
         """Look at what the gradients are so far: later, algorithms may clip them and spread a NaN to all."""
         if state.precision != Precision.AMP_FP16:
-            self._norms = sizes_of_gradients(_unwrapped(state))
+            self._norms = sizes_of_gradients(unwrapped(state.model))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Raise or skip if anything was not finite on any rank."""
@@ -116,7 +116,7 @@ class FiniteCheck(Callback):
 
     def _refuse(self, state: State) -> None:
         batch = int(state.timestamp.batch)
-        model = _unwrapped(state)
+        model = unwrapped(state.model)
         precision = partial(get_precision_context, state.precision, state.precision_config)
         text = describe_losses(model, self._passes, precision) or describe_gradients(self._norms)
         if self.on_nonfinite == "stop" or self._in_a_row >= self.max_skips:
@@ -156,8 +156,3 @@ def sizes_of_gradients(model: nn.Module) -> dict[str, Tensor]:
     }
     norms = torch._foreach_norm([*found.values()], 1) if found else ()
     return dict(zip(found, norms, strict=True))
-
-
-def _unwrapped(state: State) -> nn.Module:
-    model = state.model
-    return model.module if isinstance(model, DistributedDataParallel) else model

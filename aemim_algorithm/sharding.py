@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["gathering", "keep_images_exact", "make_fsdp_unit", "require_one_synchronisation"]
+__all__ = ["gathering", "keep_images_exact", "make_fsdp_unit", "require_one_synchronisation", "unwrapped"]
 
 _GATHERING = "_aemim_encoder"
 
@@ -102,6 +102,11 @@ def require_one_synchronisation(model: nn.Module) -> None:
             "an algorithm beside AEMIM makes DDP look for unused parameters, such as the adversarial copies "
             "are for the clean forward: pass Trainer(ddp_sync_strategy='forced_sync')"
         )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of DDP: DDP's own forward must run once a step, other passes go to it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _is_unit(encoder: nn.Module, inner: Any, module: nn.Module) -> Any:

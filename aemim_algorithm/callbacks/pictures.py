@@ -18,7 +18,6 @@ from composer.utils import create_interval_scheduler, dist
 from matplotlib.figure import Figure
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
 from aemim_algorithm.algorithm import AEMIM
@@ -26,6 +25,7 @@ from aemim_algorithm.evaluation.features import evaluating
 from aemim_algorithm.models.masking import images_in, mask_images, mask_patch_size
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.samples import first_dimension, take_samples
+from aemim_algorithm.sharding import unwrapped
 from aemim_algorithm.validation import require_integer, require_per_channel
 
 __all__ = ["ReconstructionPictures", "draw_pictures"]
@@ -86,7 +86,7 @@ class ReconstructionPictures(Callback):
             self._draw(state)
 
     def _draw(self, state: State) -> None:
-        model = state.model.module if isinstance(state.model, DistributedDataParallel) else state.model
+        model = unwrapped(state.model)
         aemim = next((a for a in state.algorithms if isinstance(a, AEMIM)), None)
         pictures = draw_pictures(model, self._batch, aemim, seed=state.rank_zero_seed)
         if dist.get_global_rank() == 0:
