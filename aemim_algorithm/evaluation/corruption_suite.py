@@ -10,9 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -35,7 +34,7 @@ from aemim_algorithm.evaluation.imagenet_c import (
     open_imagenet_c,
     why_incomplete,
 )
-from aemim_algorithm.evaluation.predict import Clock, predict
+from aemim_algorithm.evaluation.predict import Clock, PassOptions, predict
 from aemim_algorithm.evaluation.scores import Proportion, top1
 
 __all__ = [
@@ -46,7 +45,6 @@ __all__ = [
 
 Sample = tuple[Tensor, int, int]
 Progress = Callable[[str], None]
-Precision = Literal["fp32", "amp_bf16"]
 
 
 def evaluate_corruptions(
@@ -58,11 +56,8 @@ def evaluate_corruptions(
     severities: Iterable[int] = SEVERITIES,
     corruptions: Iterable[str] = CORRUPTIONS,
     baseline: Mapping[str, Any] | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
     progress: Progress = lambda line: None,
+    **options: Unpack[PassOptions],
 ) -> dict[str, Any]:
     """Corrupt a clean set on the fly and evaluate.
 
@@ -74,11 +69,8 @@ def evaluate_corruptions(
         severities: Some of 1 to 5.
         corruptions: Some of `CORRUPTIONS`.
         baseline: What this function returned for another classifier on the same images, or None.
-        batch_size: Images per forward.
-        workers: Processes that read and corrupt; 0: this process.
-        device: Where the model runs.
-        precision: Of the forward pass.
         progress: Called with a line for each finished set.
+        **options: Of `predict`.
 
     Returns:
         Ready for JSON: ``accuracy`` (corruption -> severity -> value, n, correct, low, high of the 95% Wilson
@@ -92,6 +84,7 @@ def evaluate_corruptions(
         ValueError: An argument is out of range, or the baseline is of other corruptions or images.
     """
     sets = corrupted_sets(images, table=table, seed=seed, severities=severities, corruptions=corruptions)
+    precision = options.get("precision", "fp32")
     settings = shared_settings(classifier, images, table=table, seed=seed, precision=precision)
     if baseline is not None:
         require_same(baseline, settings, set(sets))
@@ -99,12 +92,9 @@ def evaluate_corruptions(
     accuracy = corruption_accuracies(
         classifier,
         sets.items(),
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        precision=precision,
         progress=progress,
         clock=clock,
+        **options,
     )
     errors = errors_of({"accuracy": accuracy})
     weights = _weights(accuracy)
@@ -129,11 +119,8 @@ def evaluate_imagenet_c(
     classes: Sequence[str] | None,
     called: Mapping[str, str] | None = None,
     only: Sequence[str] | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
     progress: Progress = lambda line: None,
+    **options: Unpack[PassOptions],
 ) -> dict[str, Any]:
     """Evaluate on the official folders of ImageNet-C.
 
@@ -143,11 +130,8 @@ def evaluate_imagenet_c(
         classes: Class names in the classifier's order, see `open_images`.
         called: Class of each folder name, see `open_images`.
         only: Names of the images to keep; None: all.
-        batch_size: Images per forward.
-        workers: Processes that read; 0: this process.
-        device: Where the model runs.
-        precision: Of the forward pass.
         progress: Called with a line for each finished set.
+        **options: Of `predict`.
 
     Returns:
         Ready for JSON: ``accuracy`` and ``error`` as `evaluate_corruptions`; ``mCE``, ``corruption_error``
@@ -175,12 +159,9 @@ def evaluate_imagenet_c(
     accuracy = corruption_accuracies(
         classifier,
         sets,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        precision=precision,
         progress=progress,
         clock=clock,
+        **options,
     )
     errors = errors_of({"accuracy": accuracy})
     counts = [int(cell["n"]) for cells in accuracy.values() for cell in cells.values()]
@@ -210,24 +191,18 @@ def corruption_accuracies(
     classifier: Classifier,
     sets: Iterable[tuple[tuple[str, int], Dataset[Sample]]],
     *,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    precision: Precision = "fp32",
     progress: Progress = lambda line: None,
     clock: Clock | None = None,
+    **options: Unpack[PassOptions],
 ) -> dict[str, dict[str, dict[str, float | int]]]:
     """Top-1 accuracy on each set, one after the other.
 
     Args:
         classifier: The classifier.
         sets: (corruption, severity) and the corrupted images.
-        batch_size: Images per forward.
-        workers: Processes that read and corrupt; 0: this process.
-        device: Where the model runs.
-        precision: Of the forward pass.
         progress: Called with a line for each finished set.
         clock: Is told the time of all sets.
+        **options: Of `predict`.
 
     Returns:
         Corruption -> severity, as a string like JSON's keys -> ``value`` in percent, ``n``, ``correct``,
@@ -239,9 +214,7 @@ def corruption_accuracies(
     accuracy: dict[str, dict[str, dict[str, float | int]]] = {}
     for (name, severity), images in sets:
         right = Proportion()
-        batches = predict(
-            classifier, images, batch_size=batch_size, workers=workers, device=device, precision=precision
-        )
+        batches = predict(classifier, images, **options)
         for logits, labels, _ in batches:
             right.add(top1(logits, labels))
         if clock is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from aemim_algorithm.data.transforms import Normalize
 from aemim_algorithm.evaluation.features import evaluating
 from aemim_algorithm.validation import require_choice, require_integer
 
-__all__ = ["Clock", "Predictions", "image_batches", "predict", "timed_batches"]
+__all__ = ["Clock", "PassOptions", "Predictions", "image_batches", "predict", "timed_batches"]
 
 Batch = tuple[Tensor, Tensor, Tensor]
+Precision = Literal["fp32", "amp_bf16"]
 
 
 class Clock:
@@ -72,6 +73,15 @@ class Predictions(Clock, Iterator[Batch]):
         return batch
 
 
+class PassOptions(TypedDict, total=False):
+    """The options of `predict`, for what passes them on."""
+
+    batch_size: int
+    workers: int
+    device: torch.device | str
+    precision: Precision
+
+
 def predict(
     classifier: Classifier,
     image_set: Dataset[tuple[Tensor, int, int]],
@@ -79,7 +89,7 @@ def predict(
     batch_size: int = 64,
     workers: int = 0,
     device: torch.device | str = "cpu",
-    precision: Literal["fp32", "amp_bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> Predictions:
     """Logits of every image of a set, in its order.
 
