@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import resource
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -113,6 +116,12 @@ def fit(
     finally:
         trainer.close()
     return trainer
+
+
+def benchmark_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of the benchmarks as a module; it imports its siblings as it does when it is run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module(name)
 
 
 @pytest.fixture

@@ -8,17 +8,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import benchmark_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def cost(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; it imports its siblings as it does when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import cost
-
-    return cost
+    return benchmark_script("cost", monkeypatch)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import benchmark_script
 from PIL import Image
 from skimage import data as photographs
 
@@ -18,11 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; it imports its siblings as it does when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import data
-
-    return data
+    return benchmark_script("data", monkeypatch)
 
 
 @pytest.fixture

@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import benchmark_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
 def faults(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import faults
-
-    return faults
+    return benchmark_script("faults", monkeypatch)
 
 
 def test_killed_runs_end_where_an_undisturbed_one_ends(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import scaling_worker
 import torch
 from composer import Trainer
-from conftest import loader
+from conftest import benchmark_script, loader
 from skimage import data as photographs
 from torchvision.io import write_jpeg
 
@@ -30,11 +30,7 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
 
 @pytest.fixture
 def scaling(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module; it imports its siblings as it does when it is run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import scaling
-
-    return scaling
+    return benchmark_script("scaling", monkeypatch)
 
 
 @pytest.fixture

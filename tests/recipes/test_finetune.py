@@ -14,7 +14,7 @@ import torch
 from composer.core import Precision
 from composer.loggers import InMemoryLogger
 from ranks import run_script
-from test_pretrain import write_images
+from small_runs import write_images
 from torch import Tensor
 from torchvision.io import write_png
 
@@ -286,12 +286,13 @@ def test_a_run_starts_from_an_encoder_and_the_recipe_beside_it(images: Path, tmp
     encoder = encoder_in(tmp_path / "pretrained")
     start = torch.load(encoder, weights_only=True)
     still = ("optimizer.base_learning_rate=1e-9", "schedule.min_learning_rate=0", "max_duration=3ba")
-    given = (f"model.encoder={encoder}", "model.name=null", "model.options=null", "model.image_size=null")
+    given = (f"model.encoder={encoder}", "model.name=null", "model.image_size=null")
     path = tmp_path / "fine.yaml"
     path.write_text(RECIPE.replace("  options: {embed_dim: 32, depth: 2, num_heads: 2}\n", ""))
     places = [f"data.{key}={images / name}" for key, name in (("source", "train"), ("test_source", "test"))]
     places += [f"data.cache={images / 'cache'}", f"save_folder={tmp_path / 'run'}"]
-    done = finetune(load_finetuning(path, [*places, *still, given[0], given[1], given[3]]))
+    recipe = load_finetuning(path, [*places, *still, *given])
+    done = finetune(recipe)
     got = weights(done)
     assert {name for name in start if name not in got} == {"norm.weight", "norm.bias"}
     for name in start.keys() & got.keys():
@@ -299,9 +300,7 @@ def test_a_run_starts_from_an_encoder_and_the_recipe_beside_it(images: Path, tmp
     assert read_classifier(done.classifier).image_size == 16
     # What it started from is not needed any more.
     shutil.rmtree(encoder.parent)
-    assert_equal(
-        weights(finetune(load_finetuning(path, [*places, *still, given[0], given[1], given[3]]))), got
-    )
+    assert_equal(weights(finetune(recipe)), got)
 
 
 @pytest.fixture

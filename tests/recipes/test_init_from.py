@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_same
+from small_runs import recipe_in, write_images
 from test_export import trained_looking
-from test_pretrain import recipe_in, write_images
 
 from aemim_algorithm.adapters import adapters_of
 from aemim_algorithm.exchange.importing import import_checkpoint

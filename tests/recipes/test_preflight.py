@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from small_runs import RECIPE
 from streaming import MDSWriter
 from torchvision.io import encode_png
 
@@ -24,24 +25,6 @@ from aemim_algorithm.recipes.preflight import checkpoints_kept, prepare
 from aemim_algorithm.recipes.pretrain import pretrain
 from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
 
-RECIPE = """
-model:
-  name: mae_vit_tiny_patch4
-  image_size: 16
-  embed_dim: 32
-  depth: 1
-  num_heads: 2
-  decoder_dim: 16
-  decoder_depth: 1
-  decoder_heads: 2
-data: {crop_scale: [0.5, 1.0], workers: 0}
-algorithms: {aemim: }
-optimizer: {base_learning_rate: 0.01, weight_decay: 0.05, betas: [0.9, 0.95]}
-schedule: {warmup: 1ba, min_learning_rate: 0.0}
-max_duration: 1ep
-global_batch_size: 8
-device: cpu
-"""
 SAMPLES, SIDE = 32, 16
 
 
@@ -63,7 +46,8 @@ def recipe_of(folder: Path, source: Path | str, *overrides: str) -> Recipe:
     path = folder / "tiny.yaml"
     path.write_text(RECIPE)
     places = [f"data.source={source}", f"data.cache={folder / 'cache'}", f"save_folder={folder / 'run'}"]
-    return load_recipe(path, [*places, *overrides])
+    short = ["max_duration=1ep", "schedule.warmup=1ba"]
+    return load_recipe(path, [*places, *short, *overrides])
 
 
 def test_hashes_are_written_and_found_right(tmp_path: Path) -> None:

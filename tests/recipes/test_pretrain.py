@@ -13,7 +13,7 @@ import pytest
 import torch
 from composer.loggers import InMemoryLogger
 from conftest import small_files
-from torchvision.io import write_png
+from small_runs import recipe_in, write_images
 
 from aemim_algorithm.callbacks import FiniteCheck
 from aemim_algorithm.cli import main
@@ -31,34 +31,7 @@ from aemim_algorithm.recipes.registry import build_parts
 from aemim_algorithm.recipes.schema import Recipe, RecipeError, load_recipe
 from aemim_algorithm.recipes.training import learning_rate
 
-RECIPE = """
-model:
-  name: mae_vit_tiny_patch4
-  image_size: 16
-  embed_dim: 32
-  depth: 1
-  num_heads: 2
-  decoder_dim: 16
-  decoder_depth: 1
-  decoder_heads: 2
-data: {crop_scale: [0.5, 1.0], workers: 0}
-algorithms: {aemim: , gradient_clipping: {clipping_type: norm, clipping_threshold: 1.0}}
-optimizer: {base_learning_rate: 0.01, weight_decay: 0.05, betas: [0.9, 0.95]}
-schedule: {warmup: 2ba, min_learning_rate: 0.0}
-max_duration: 2ep
-global_batch_size: 8
-device: cpu
-"""
 IMAGES = 32  # four batches per epoch
-
-
-def write_images(folder: Path, *, per_class: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for label in (0, 1):
-        (folder / str(label)).mkdir(parents=True)
-        for number in range(per_class):
-            noise = torch.randint(0, 128, (3, 20, 20), generator=generator)
-            write_png((noise + 127 * label).byte(), str(folder / str(label) / f"{number}.png"))
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +40,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(folder / "train", per_class=IMAGES // 2)
     write_images(folder / "test", per_class=8)
     return folder
-
-
-def recipe_in(folder: Path, images: Path, *overrides: str) -> Recipe:
-    path = folder / "tiny.yaml"
-    path.write_text(RECIPE)
-    places = [
-        f"data.source={images / 'train'}",
-        f"data.cache={images / 'cache'}",
-        f"save_folder={folder / 'run'}",
-    ]
-    return load_recipe(path, [*places, *overrides])
 
 
 def test_test_images_of_other_classes_are_refused_before_training(images: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes_worker import CASES, losses
 from ranks import run_script
-from test_pretrain import recipe_in, write_images
+from small_runs import recipe_in, write_images
 
 WORKER = Path(__file__).with_name("processes_worker.py")
 AEMIM = "algorithms={aemim: {steps: 2, adversarial_ratio: 0.25}}"
