@@ -2,131 +2,36 @@
 
     python benchmarks/cost.py --model mae_vit_base_patch16 --micro-batch 24 --precision fp32
 
-Each method is a fresh process, so that its peak memory is its own. The processes take turns, one
-step each per round, so that a slow minute of the machine hits all of them; ratios to MAE are taken
-within a round. A step is forward, loss, backward and AdamW on one micro-batch of random pixels.
+The methods take turns (`turns.py`). A step is forward, loss, backward and AdamW on one micro-batch of random
+pixels.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import resource
-import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from record import environment, write_json
 from training import BATCH_MULTIPLE, METHODS, Settings, Training, bound_flops, counted_flops
+from turns import Make, Step, measure, ratios, spread
 
 from aemim_algorithm.models import MODELS
 
-WARM_UP_STEPS = 2
+
+def contenders(settings: Settings) -> dict[str, Make]:
+    """What builds each method, in a process of its own."""
+    return {method: partial(training_step, method, settings) for method in METHODS}
 
 
-def timed_step(training: Training) -> float:
-    """Seconds of one training step."""
-    synchronize(training.settings.device)
-    start = time.perf_counter()
-    training.step()
-    synchronize(training.settings.device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: str) -> None:
-    """Wait for the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: CUDA's allocated maximum, or the process's peak resident set."""
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would include the process that started this one
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def serve(connection: Connection, method: str, settings: Settings) -> None:
-    """A worker: warm up, then one timed step per request; at the end its peak memory."""
-    torch.set_num_threads(settings.threads)
-    training = Training(method, settings)
-    for _ in range(WARM_UP_STEPS):
-        training.step()
-    connection.send("ready")
-    while connection.recv() == "step":
-        connection.send(timed_step(training))
-    connection.send(peak_memory(settings.device))
-
-
-@contextmanager
-def workers(settings: Settings) -> Iterator[dict[str, Connection]]:
-    """One warmed-up process for each method; none is left after an error."""
-    context = multiprocessing.get_context("spawn")
-    connections, processes = {}, []
-    try:
-        for method in METHODS:
-            connections[method], theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, method, settings), daemon=True)
-            process.start()
-            theirs.close()  # so that a worker that dies ends our recv with an error
-            processes.append(process)
-        for method, connection in connections.items():
-            receive(connection, method)
-        yield connections
-        for process in processes:
-            process.join()  # they were asked to end
-    finally:
-        for process in processes:
-            process.kill()  # not terminate: Composer's SIGTERM handler raises in the midst of things
-            process.join()
-
-
-def receive(connection: Connection, method: str) -> Any:
-    """A worker's next message."""
-    try:
-        return connection.recv()
-    except EOFError:
-        raise SystemExit(
-            f"the {method} process died (see above; out of memory?): try a smaller --micro-batch"
-        ) from None
-
-
-def measure(settings: Settings, repeats: int) -> dict[str, dict[str, Any]]:
-    """Time the methods in turns.
-
-    Returns:
-        For each method ``seconds``, one per round, and ``peak_memory_bytes``.
-    """
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    with workers(settings) as connections:
-        for round_number in range(repeats):
-            # Another method goes first in each round, so that none always follows the same one.
-            first = round_number % len(METHODS)
-            order = [*METHODS][first:] + [*METHODS][:first]
-            for method in order:
-                connections[method].send("step")
-                seconds[method].append(receive(connections[method], method))
-        for connection in connections.values():
-            connection.send("end")
-        peaks = {method: receive(connections[method], method) for method in METHODS}
-    return {method: {"seconds": seconds[method], "peak_memory_bytes": peaks[method]} for method in METHODS}
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median and range, as the table shows them."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+def training_step(method: str, settings: Settings) -> Step:
+    """A method's training step."""
+    return Training(method, settings).step
 
 
 def table(measured: dict[str, dict[str, dict[str, Any]]], flops: dict[str, Any]) -> str:
@@ -138,12 +43,11 @@ def table(measured: dict[str, dict[str, dict[str, Any]]], flops: dict[str, Any])
     for precision, by_method in measured.items():
         base = by_method["MAE"]
         for method, row in by_method.items():
-            ratios = [a / b for a, b in zip(row["seconds"], base["seconds"], strict=True)]
             cells = [
                 precision,
                 method,
                 spread(row["seconds"]),
-                spread(ratios),
+                spread(ratios(row["seconds"], base["seconds"])),
                 f"{flops['counted'][method] / flops['counted']['MAE']:.3f}",
                 f"{flops['bound'][method] / flops['bound']['MAE']:.3f}",
                 f"{row['peak_memory_bytes'] / 2**30:.2f}",
@@ -196,7 +100,12 @@ def main(arguments: Sequence[str]) -> None:
     smallest = replace(settings, micro_batch=BATCH_MULTIPLE)
     flops = {"counted": counted_flops(smallest), "bound": bound_flops(smallest)}
     measured = {
-        precision: measure(replace(settings, precision=precision), options.repeats)
+        precision: measure(
+            contenders(replace(settings, precision=precision)),
+            rounds=options.repeats,
+            device=options.device,
+            threads=options.threads,
+        )
         for precision in options.precision
     }
     result |= {"settings": asdict(settings) | {"precision": options.precision}}
