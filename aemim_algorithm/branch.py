@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from composer.models import ComposerModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import record_function
 
 from aemim_algorithm.adapters import adversarial_mode, preserved_buffers
 from aemim_algorithm.attack import at_least_float32, linf_distance, pgd_attack, unit_gradient
@@ -95,6 +96,7 @@ class AdversarialBranch:
         noise: Callable[[Tensor], Tensor],
         index: Tensor | None = None,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        through: nn.Module | None = None,
     ) -> AdversarialPass:
         """Attack the batch that was just run, and run the model on the adversarial images.
 
@@ -109,6 +111,8 @@ class AdversarialBranch:
             noise: Makes the starting noise, in [-1, 1] and shaped as the images it is given.
             index: The samples to attack, shape (samples,), int64; ``None`` for all.
             precision: Makes the precision context of the passes.
+            through: What is called for the model's pass over the adversarial images, if not the model: a
+                wrapper of it.
 
         Returns:
             The adversarial pass.
@@ -122,7 +126,8 @@ class AdversarialBranch:
                     size = call.images.shape[0]
                     batch, mask = take_samples((batch, mask), index, size)
                     call = self._sub_call(call, model, batch, mask, index)
-                return self._attack_and_forward(_Step(model, batch, mask, call), epsilon, noise)
+                step = _Step(model, batch, mask, call)
+                return self._attack_and_forward(step, epsilon, noise, through or model)
         finally:
             after.restore()
 
@@ -145,7 +150,7 @@ class AdversarialBranch:
         return self.tap.stop()
 
     def _attack_and_forward(
-        self, step: _Step, epsilon: float, noise: Callable[[Tensor], Tensor]
+        self, step: _Step, epsilon: float, noise: Callable[[Tensor], Tensor], forward: Callable[..., Any]
     ) -> AdversarialPass:
         clean_images = step.call.images
         distances: list[Tensor] = []
@@ -156,12 +161,12 @@ class AdversarialBranch:
             return value
 
         with adversarial_mode(step.model):
-            with preserved_buffers(step.model):
+            with record_function("aemim/attack"), preserved_buffers(step.model):
                 images = pgd_attack(
                     objective, clean_images, epsilon=epsilon, noise=noise(clean_images), **self._attack
                 )
-            with preserved_buffers(step.model, clean_only=True):
-                outputs, features = self._forward(step, images)
+            with record_function("aemim/adversarial_forward"), preserved_buffers(step.model, clean_only=True):
+                outputs, features = self._forward(step, images, forward)
         distances.append(self._distance(step, features.detach())[1])
         perturbation = linf_distance(images, clean_images, self._attack["std"])
         return AdversarialPass(images, clean_images, step.batch, outputs, tuple(distances), perturbation)
@@ -170,7 +175,7 @@ class AdversarialBranch:
         """The adversarial loss, summed over samples, and each sample's feature distance."""
         if self.adversarial_loss != "reconstruction":
             return self._distance(step, unit_gradient(self.tap.encode(step.call, images)))
-        outputs, features = self._forward(step, images)
+        outputs, features = self._forward(step, images, step.model)
         # A sum over pixels, not a mean, for half precision's sake; a power of two rounds nothing.
         scale = images.shape[0] * 2 ** (images[0].numel().bit_length() - 1)
         loss = at_least_float32(total_loss(step.model.loss(outputs, step.batch))) * scale
@@ -182,12 +187,12 @@ class AdversarialBranch:
         distance = DISTANCES.get(self.adversarial_loss, l2_distance)(features, reference, dim)
         return distance.sum(), distance.detach() / num_tokens(reference, dim)
 
-    def _forward(self, step: _Step, images: Tensor) -> tuple[Any, Tensor]:
+    def _forward(self, step: _Step, images: Tensor, forward: Callable[..., Any]) -> tuple[Any, Tensor]:
         """The whole model on the clean batch, with ``images`` injected at the encoder."""
         assert self._before is not None
         self._before.restore()
         with self.tap.inject(images, step.call.rng) as features:
-            return step.model(step.batch, **step.mask), features()
+            return forward(step.batch, **step.mask), features()
 
 
 _Mask = dict[str, Tensor]

@@ -20,7 +20,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from aemim_algorithm import AEMIM
 from aemim_algorithm.adapters import adversarial_parameters
+from aemim_algorithm.branch import AdversarialPass
 from aemim_algorithm.models import MAE
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
@@ -127,3 +129,16 @@ def benchmark_script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def images() -> Tensor:
     return normalised_images(8)
+
+
+def recorded_passes(aemim: AEMIM) -> list[AdversarialPass]:
+    """A list that every adversarial pass of an attached AEMIM joins from now on."""
+    branch, passes = aemim._get_step().branch, list[AdversarialPass]()
+    finish = branch.finish
+
+    def kept(*args: Any, **kwargs: Any) -> AdversarialPass:
+        passes.append(finish(*args, **kwargs))
+        return passes[-1]
+
+    branch.finish = kept  # type: ignore[method-assign]
+    return passes

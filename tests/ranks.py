@@ -59,6 +59,9 @@ def run_ranks(
 
     Returns:
         The exit code of each rank; ``None`` if it had to be killed.
+
+    Raises:
+        TimeoutError: If they take longer, ``together``.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -74,6 +77,8 @@ def run_ranks(
     for child in children:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+    if together and children and not any(ends):
+        raise TimeoutError(f"{len(children)} of {count} ranks were not done after {limit:.0f} s")
     return ends
 
 

@@ -13,7 +13,16 @@ from composer import Trainer
 from composer.core import Algorithm, Event, State
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
-from conftest import assert_same, clean_part, fit, loader, normalised_images, perturb, tiny_mae
+from conftest import (
+    assert_same,
+    clean_part,
+    fit,
+    loader,
+    normalised_images,
+    perturb,
+    recorded_passes,
+    tiny_mae,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,7 +46,7 @@ class Spy(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Any) -> None:
         if event == Event.BEFORE_LOSS:
-            self.results.append((state.batch, state.outputs, self.aemim._result))
+            self.results.append((state.batch, state.outputs, self.aemim._get_step().result))
             assert all(p.grad is None for p in state.model.parameters())
         else:
             self.losses.append(state.loss)
@@ -394,8 +403,7 @@ def test_a_nan_stops_the_run_before_the_step_and_names_batch_and_branch(poisoned
 def test_samples_are_chosen_among_the_images_not_the_first_tensor() -> None:
     model, aemim = tiny_mae(), AEMIM(adversarial_ratio=0.5)
     aemim.attach(model)
-    result = []
-    aemim._metrics.update = lambda given, **_: result.append(given)  # type: ignore[method-assign]
+    result = recorded_passes(aemim)
     aemim.training_loss(model, {"anchor": torch.ones(3), "image": normalised_images(8)}, step=0)
     assert len(result[0].images) == 4
 
@@ -460,7 +468,7 @@ def test_repr_rebuilds_it_and_copies_are_unattached() -> None:
     for twin in (eval(repr(aemim)), copy.deepcopy(aemim), pickle.loads(pickle.dumps(aemim))):
         assert twin == aemim
         assert hash(twin) == hash(aemim)
-        assert twin._branch is None
+        assert twin._step is None
     assert aemim != AEMIM()
     assert aemim_algorithm.AEMIM is __import__("composer.algorithms").algorithms.AEMIM
 

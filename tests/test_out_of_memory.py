@@ -91,7 +91,7 @@ def test_a_failed_step_leaves_no_trace(stage: str) -> None:
     assert not any(adapter.adversarial_mode for adapter in adapters_of(model))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    tap = aemim._branch.tap
+    tap = aemim._get_step().branch.tap
     assert tap._injected is tap._call is tap._entered is None
     assert not tap._recording
     if not stage.startswith("clean"):  # the generators stand where the clean forward left them
@@ -111,7 +111,7 @@ class Halve(Algorithm):
 
 
 @contextmanager
-def training(dropout: float, *algorithms: Algorithm) -> Iterator[tuple[Trainer, MAE]]:
+def training(dropout: float, *algorithms: Algorithm, separate: bool = False) -> Iterator[tuple[Trainer, MAE]]:
     """Two batches of 8, in one piece each."""
     model = tiny_mae(kind=Dropping)
     for module in model.modules():
@@ -119,7 +119,7 @@ def training(dropout: float, *algorithms: Algorithm) -> Iterator[tuple[Trainer, 
             module.p = dropout
     trainer = Trainer(
         model=model, train_dataloader=loader(16), optimizers=torch.optim.SGD(model.parameters(), lr=0.05),
-        algorithms=[AEMIM(), *algorithms], max_duration="2ba", device="cpu", seed=7, progress_bar=False,
+        algorithms=[AEMIM(separate_backward=separate), *algorithms], max_duration="2ba", device="cpu", seed=7, progress_bar=False,
         device_train_microbatch_size=8,
     )  # fmt: skip
     perturb(model)
@@ -131,13 +131,13 @@ def training(dropout: float, *algorithms: Algorithm) -> Iterator[tuple[Trainer, 
 
 @pytest.mark.filterwarnings("ignore:CUDA out of memory")
 @pytest.mark.parametrize("stage", [*STAGES, "the optimizer's step"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("dropout", "separate"), [(0.0, False), (0.2, False), (0.2, True)])
 def test_a_retry_with_smaller_micro_batches_is_as_if_it_had_started_with_them(
-    stage: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+    stage: str, dropout: float, separate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bitwise: masks, dropout, running statistics, choice, noise, gradients. The second batch fails."""
     monkeypatch.setattr("composer.trainer.trainer._is_cuda_oom", lambda error: OUT_OF_MEMORY in str(error))
-    with training(dropout) as (trainer, retried):
+    with training(dropout, separate=separate) as (trainer, retried):
         trainer.state.auto_microbatching = True  # Composer allows "auto" on GPUs only
         if stage in STAGES:
             owner, name, call = STAGES[stage](retried)
@@ -147,9 +147,9 @@ def test_a_retry_with_smaller_micro_batches_is_as_if_it_had_started_with_them(
         with failing(owner, name, call=per_batch + call) as calls:
             trainer.fit()
         assert calls[0] > per_batch + call or stage not in STAGES
-    with training(dropout, Halve()) as (trainer, smaller):
+    with training(dropout, Halve(), separate=separate) as (trainer, smaller):
         trainer.fit()
-    with training(dropout) as (trainer, whole):
+    with training(dropout, separate=separate) as (trainer, whole):
         trainer.fit()
     expected, other = smaller.state_dict(), whole.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in retried.state_dict().items())

@@ -59,7 +59,8 @@ def test_the_share_of_adversarial_samples_grows(micro: int) -> None:
 
         def apply(self, event: Event, state: State, logger: Any) -> None:
             (aemim,) = (a for a in state.algorithms if isinstance(a, AEMIM))
-            sizes.append(0 if aemim._result is None else len(aemim._result.images))
+            result = aemim._get_step().result
+            sizes.append(0 if result is None else len(result.images))
 
     aemim = AEMIM(adversarial_ratio="linear 0.25→1 over 3ba")
     fit(tiny_mae(), aemim, Watch(), duration="4ba", micro=micro, train_dataloader=loader(32))

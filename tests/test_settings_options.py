@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from composer.models import ComposerModel
+from conftest import recorded_passes
 from settings import BATCH_SIZE, SETTINGS, Setting, every_setting, without_randomness
 from test_settings_training import perturbed
 
@@ -69,8 +70,7 @@ def test_every_option_keeps_the_invariants_of_a_step(setting: Setting) -> None:
     for options in selection(setting):
         aemim = AEMIM(loss_ratio=0.0, epsilon=4.0, **options, **setting.arguments)
         model = perturbed(aemim, without_randomness(setting.build()))
-        results: list[Any] = []
-        aemim._metrics.update = lambda result, kept=results, **_: kept.append(result)  # type: ignore[method-assign]
+        results = recorded_passes(aemim)
         losses = aemim.training_loss(model, batch, step=1)
         assert losses["total"].isfinite(), options
         assert torch.equal(losses["total"].detach(), losses["adversarial"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from composer.models import ComposerModel
+from conftest import recorded_passes
 from settings import SETTINGS, Setting, every_setting, transformers_installed
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -42,9 +43,9 @@ def test_most_models_draw_something_that_must_repeat() -> None:
 def test_a_quarter_of_the_batch_has_the_mask_of_its_reference(setting: Setting) -> None:
     """The reference of a smaller batch, cut from the whole or run again, is under the same mask."""
     aemim = AEMIM(epsilon=0, adapter="none", adversarial_ratio=0.25, **setting.arguments)
-    model, results = setting.build(), []
+    model = setting.build()
     aemim.attach(model)
-    aemim._metrics.update = lambda result, **_: results.append(result)  # type: ignore[method-assign]
+    results = recorded_passes(aemim)
     aemim.training_loss(model, setting.batch(0), step=0)
     (result,) = results
     assert len(result.images) == 2

@@ -74,8 +74,9 @@ def estimate(
     encoder = _count(_encoder(model, algorithm))
     if algorithm is not None:
         apply_adapters(model, algorithm.adapter)
-        # The clean graph is still there while the adversarial pass builds its own.
-        kept += int(algorithm.present("adversarial_ratio") * kept)
+        if not algorithm.separate_backward:
+            # The clean graph is still there while the adversarial pass builds its own.
+            kept += int(algorithm.present("adversarial_ratio") * kept)
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     fixed = sum(value.numel() for value in model.parameters() if not value.requires_grad)
     return Estimate(

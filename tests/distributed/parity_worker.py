@@ -59,6 +59,7 @@ class Case:
         checkpointing: Whether blocks are recomputed in backward.
         compiled: Whether Composer compiles the model.
         seeded: Whether masks are drawn from the seeds of the samples, and not given.
+        separate: Whether the clean backward runs before the attack; one process is the reference without.
     """
 
     model: str
@@ -68,6 +69,7 @@ class Case:
     checkpointing: bool = False
     compiled: bool = False
     seeded: bool = False
+    separate: bool = False
 
     @property
     def reference(self) -> str:
@@ -92,9 +94,17 @@ CASES = [
     Case(SWIN, steps=2, compiled=True),
     Case(MONOLITH, steps=2, ratio=0.25, micro_batches=2),
     Case(MONOLITH, checkpointing=True),
+    Case(MAE, separate=True),
+    Case(SWIN, steps=2, ratio=0.25, micro_batches=2, checkpointing=True, separate=True),
+    Case(HF_SWIN, steps=2, ratio=0.125, micro_batches=2, separate=True),
+    Case(MAE, steps=2, ratio=0.25, compiled=True, separate=True),
 ]
 
-HYBRID_CASES = [CASES.index(Case(MAE)), CASES.index(Case(SWIN, steps=2, ratio=0.25, micro_batches=2))]
+HYBRID_CASES = [
+    CASES.index(Case(MAE)),
+    CASES.index(Case(SWIN, steps=2, ratio=0.25, micro_batches=2)),
+    CASES.index(Case(MAE, separate=True)),
+]
 
 
 def setting_of(case: Case) -> Setting:
@@ -148,7 +158,14 @@ def run(case: Case, kind: str) -> dict[str, Tensor]:
         model=model,
         train_dataloader=[own_rows(batch_of(case, number)) for number in range(STEPS)],
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        algorithms=[AEMIM(steps=case.steps, adversarial_ratio=case.ratio, **setting.arguments)],
+        algorithms=[
+            AEMIM(
+                steps=case.steps,
+                adversarial_ratio=case.ratio,
+                separate_backward=case.separate and kind != "one",
+                **setting.arguments,
+            )
+        ],
         max_duration=f"{STEPS}ba",
         device="cpu",
         seed=7,
@@ -267,5 +284,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     for count in (1, 2, 4):
-        if any(run_ranks(count, lambda rank: main(Path(sys.argv[1])))):
+        if any(run_ranks(count, lambda rank: main(Path(sys.argv[1])), limit=900)):
             sys.exit(1)
