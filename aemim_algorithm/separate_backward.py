@@ -15,6 +15,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from aemim_algorithm.adapters import adapters_of
 from aemim_algorithm.losses import total_loss
@@ -42,7 +43,8 @@ def backward_clean(loss: Any, weight: float | Tensor) -> Any:
         The loss without its graph.
     """
     total = total_loss(loss)
-    total.backward(torch.as_tensor(weight, dtype=total.dtype, device=total.device))
+    with record_function("aemim/clean_backward"):
+        total.backward(torch.as_tensor(weight, dtype=total.dtype, device=total.device))
     return map_tensors(loss, Tensor.detach)
 
 
