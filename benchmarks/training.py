@@ -1,29 +1,40 @@
-"""One training step of MAE, AEMIM or Fast AEMIM without a Trainer, to be timed and counted."""
+"""One training step of a masked-image model, with AEMIM or without it, and without a Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from bare import BarePasses
+from composer.models import ComposerModel
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.profiler import record_function
 
 from aemim_algorithm import AEMIM
-from aemim_algorithm.models import MAE, MODELS
-from aemim_algorithm.recipes.estimate import step_flops
+from aemim_algorithm.losses import total_loss
+from aemim_algorithm.models import MODELS
 
-__all__ = ["BATCH_MULTIPLE", "METHODS", "Settings", "Training", "bound_flops", "counted_flops"]
+__all__ = ["BARE", "BATCH_MULTIPLE", "METHODS", "PLAIN", "Settings", "Training", "build", "random_batch"]
+
+PLAIN = "plain"
 
 METHODS: dict[str, Callable[[], AEMIM | None]] = {
-    "MAE": lambda: None,
+    PLAIN: lambda: None,
+    "AEMIM T=1": partial(AEMIM, steps=1),
     "AEMIM": AEMIM,
+    "AEMIM T=3": partial(AEMIM, steps=3),
+    "AEMIM, separate": partial(AEMIM, separate_backward=True),
     "Fast AEMIM": AEMIM.fast,
 }
+"""By name; ``"AEMIM"`` is the standard one, T=2."""
+
+BARE = {"AEMIM, bare": "AEMIM", "Fast AEMIM, bare": "Fast AEMIM"}
+"""Contenders that do the passes of a method by hand (`bare.py`)."""
+
 # Fast AEMIM attacks one of four images; less would leave it nothing to attack.
 BATCH_MULTIPLE = 4
 
@@ -39,6 +50,7 @@ class Settings:
         device: ``"cpu"`` or ``"cuda"``.
         threads: CPU threads.
         seed: Of weights, images and masks.
+        options: Arguments of the model that differ from those of its name.
     """
 
     model: str
@@ -47,6 +59,7 @@ class Settings:
     device: str
     threads: int
     seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Training:
@@ -59,42 +72,49 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True
         )
-        self.algorithm = METHODS[method]()
-        if self.algorithm is not None:
-            self.algorithm.attach(self.model, self.optimizer)
         self.batch = random_batch(self.model, settings)
         self.steps = 0
+        algorithm = METHODS[BARE.get(method, method)]()
+        self._loss: Callable[[], Tensor]
+        if algorithm is None:
+            self._loss = self._plain_loss
+        elif method in BARE:
+            self._loss = partial(BarePasses(self.model, self.optimizer, algorithm).loss, self.batch)
+        else:
+            algorithm.attach(self.model, self.optimizer)
+            self._loss = partial(self._aemim_loss, algorithm)
 
     def backward(self) -> None:
         """Forward, loss and backward."""
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.settings.device, dtype=torch.bfloat16, enabled=bf16):
             loss = self._loss()
-        loss.backward()
+        with record_function("step/backward"):
+            loss.backward()
 
     def step(self) -> None:
         """One training step."""
         self.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with record_function("step/optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.steps += 1
 
-    def _loss(self) -> Tensor:
-        if self.algorithm is None:
-            return self.model.loss(self.model(self.batch), self.batch)
-        losses = self.algorithm.training_loss(self.model, self.batch, step=self.steps)
-        return losses["total"]
+    def _plain_loss(self) -> Tensor:
+        return total_loss(self.model.loss(self.model(self.batch), self.batch))
+
+    def _aemim_loss(self, algorithm: AEMIM) -> Tensor:
+        return algorithm.training_loss(self.model, self.batch, step=self.steps)["total"]
 
 
-def build(settings: Settings) -> MAE:
+def build(settings: Settings) -> ComposerModel:
     """The model, in training mode."""
     with torch.device(settings.device):
-        model = MODELS[settings.model]().to(settings.device).train()
-    assert isinstance(model, MAE)
-    return model
+        model = MODELS[settings.model](**settings.options)
+    return model.to(settings.device).train()
 
 
-def random_batch(model: MAE, settings: Settings) -> tuple[Tensor, Tensor]:
+def random_batch(model: Any, settings: Settings) -> tuple[Tensor, Tensor]:
     """Uniform random pixels, normalised, and labels that nothing reads."""
     height, width = model.encoder.patch_embed.img_size
     pixels = torch.rand(settings.micro_batch, 3, height, width, device=settings.device)
@@ -104,57 +124,3 @@ def random_batch(model: MAE, settings: Settings) -> tuple[Tensor, Tensor]:
     )
     labels = torch.zeros(settings.micro_batch, dtype=torch.int64, device=settings.device)
     return (pixels - mean) / std, labels
-
-
-class FlopCounter(TorchDispatchMode):
-    """Counts the FLOPs of matrix products; a multiply-add is two.
-
-    torch's own ``FlopCounterMode`` hooks every module call to tell modules apart, and these hooks
-    refuse a gradient with respect to the image.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run the operator and add what torch's registry of formulas says of it."""
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-def flops_of(run: Callable[[], Any]) -> int:
-    """FLOPs of a call; attention as explicit products, since the CPU's fused kernel has no formula."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
-        run()
-    return counter.total
-
-
-def counted_flops(settings: Settings) -> dict[str, float]:
-    """FLOPs per image of each method's forward and backward, counted as they run."""
-    return {
-        method: flops_of(Training(method, settings).backward) / settings.micro_batch for method in METHODS
-    }
-
-
-def bound_flops(settings: Settings) -> dict[str, float]:
-    """FLOPs per image that Algorithm 1 needs at least, from counts of its single passes.
-
-    Returns:
-        By method, and ``"naive"``: AEMIM with a second clean encoder pass for its reference
-        features.
-    """
-    settings = replace(settings, device="meta")  # nothing has to be computed
-    model = build(settings)
-    batch = random_batch(model, settings)
-    with sdpa_kernel(SDPBackend.MATH):
-        bound = {name: step_flops(model, batch, make()) for name, make in METHODS.items()}
-    visible = torch.arange(model.num_visible, device=settings.device)
-    visible = visible.expand(settings.micro_batch, -1)
-    bound["naive"] = bound["AEMIM"] + flops_of(lambda: model.encoder(batch[0], visible))
-    return {name: flops / settings.micro_batch for name, flops in bound.items()}
