@@ -8,7 +8,7 @@ layers.
 - ``BEFORE_FORWARD``, ``AFTER_FORWARD``: the clean pass is recorded, attacked, and run once more.
 - ``BEFORE_LOSS``, ``AFTER_LOSS``: the loss becomes λ·clean + (1−λ)·adversarial.
 
-With T=2 a step of MAE on ViT-B/16 costs 2.60 times its FLOPs; the fast variant 1.33 times. The activations of
+With T=2 a step of MAE on ViT-B/16 costs 2.61 times its FLOPs; the fast variant 1.33 times. The activations of
 both branches are held at once, or with ``separate_backward`` those of one at a time.
 """
 

@@ -29,7 +29,7 @@ class Dropping(MAE):
 
     def __init__(self, **sizes: Any) -> None:
         super().__init__(**sizes)
-        self.bn = nn.BatchNorm1d(self.num_patches)
+        self.bn = nn.BatchNorm1d(self.num_patches - self.num_visible)
 
     def forward(self, batch: Any) -> dict[str, Tensor]:  # type: ignore[override]
         outputs = super().forward(batch)

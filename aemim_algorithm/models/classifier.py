@@ -24,6 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from aemim_algorithm.exchange.files import require_fit
 from aemim_algorithm.exchange.trained import Trained, resized, window_of
+from aemim_algorithm.models.attention import use_our_attention
 
 __all__ = [
     "Architecture",
@@ -141,6 +142,7 @@ def build_network(architecture: Architecture, **options: Any) -> VisionTransform
         raise ValueError(f"{name}: timm cannot build it ({reason})") from error
     if not isinstance(network, VisionTransformer | SwinTransformer):
         raise ValueError(f"{name}: got a {type(network).__name__} of timm, expected a ViT or a Swin")
+    use_our_attention(network)
     return network
 
 

@@ -13,20 +13,22 @@ import torch
 from composer.models import ComposerModel
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from aemim_algorithm.models.attention import TailBlock
 from aemim_algorithm.models.masking import (
+    hidden_indices,
     images_in,
-    mask_images,
     normalize_patches,
     num_visible,
     patchify,
     random_mask,
     sample_seeds,
+    split_indices,
     unpatchify,
-    visible_indices,
 )
 from aemim_algorithm.models.sizes import require_width
-from aemim_algorithm.models.vit import MaskedViT, init_like_mae, sincos_position
+from aemim_algorithm.models.vit import MaskedViT, init_like_mae, sincos_position, take_tokens
 from aemim_algorithm.validation import require_integer
 
 __all__ = ["MAE", "MAEDecoder"]
@@ -101,7 +103,8 @@ class MAE(ComposerModel):
                 drawn at random if ``None``, from the samples' seeds if the batch has a ``"seed"``.
 
         Returns:
-            ``prediction``, shape (batch, patches, pixels of a patch), and the ``mask``.
+            ``prediction``, shape (batch, hidden patches, pixels of a patch), of the hidden patches in
+            raster order, and the ``mask``.
         """
         images = images_in(batch)
         if mask is None:
@@ -113,9 +116,9 @@ class MAE(ComposerModel):
                 seeds=sample_seeds(batch),
             )
         self._require_mask(mask, images.shape[0])
-        visible = visible_indices(mask, self.num_visible)
+        visible, hidden = split_indices(mask, self.num_visible)
         latent = self.encoder(images, visible)
-        return {"prediction": self.decoder(latent, visible), "mask": mask}
+        return {"prediction": self.decoder(latent, visible, hidden), "mask": mask}
 
     def loss(self, outputs: dict[str, Tensor], batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Mean squared error over the hidden patches, in float32 (Eq. 1).
@@ -129,12 +132,10 @@ class MAE(ComposerModel):
         Returns:
             Scalar, float32.
         """
-        target = patchify(images_in(batch).float(), self.encoder.patch_size)
+        target = take_tokens(self._patches(batch), self._hidden(outputs))
         if self.norm_pixel_target:
             target, _, _ = normalize_patches(target)
-        error = (outputs["prediction"].float() - target).square().mean(dim=-1)
-        hidden = outputs["mask"].to(error.dtype)
-        return (error * hidden).sum() / hidden.sum()
+        return F.mse_loss(outputs["prediction"].float(), target)
 
     def reconstruct(
         self, outputs: dict[str, Tensor], batch: Any, *, visible_from: Tensor | None = None
@@ -152,14 +153,24 @@ class MAE(ComposerModel):
         Returns:
             Normalised images, shape (batch, 3, height, width), float32.
         """
-        images = images_in(batch).float()
-        prediction = outputs["prediction"].float()
+        prediction, patches, hidden = (
+            outputs["prediction"].float(),
+            self._patches(batch),
+            self._hidden(outputs),
+        )
         if self.norm_pixel_target:
-            _, mean, std = normalize_patches(patchify(images, self.encoder.patch_size))
+            _, mean, std = normalize_patches(take_tokens(patches, hidden))
             prediction = prediction * std + mean
-        predicted = unpatchify(prediction, self.encoder.patch_size, self.encoder.grid)
-        seen = images if visible_from is None else visible_from.float()
-        return mask_images(seen, outputs["mask"], self.encoder.patch_size, fill=predicted)
+        patch_size = self.encoder.patch_size
+        seen = patches if visible_from is None else patchify(visible_from.float(), patch_size)
+        shown = seen.scatter(1, hidden[:, :, None].expand_as(prediction), prediction)
+        return unpatchify(shown, patch_size, self.encoder.grid)
+
+    def _patches(self, batch: Any) -> Tensor:
+        return patchify(images_in(batch).float(), self.encoder.patch_size)
+
+    def _hidden(self, outputs: dict[str, Tensor]) -> Tensor:
+        return hidden_indices(outputs["mask"], self.num_patches - self.num_visible)
 
     def _require_mask(self, mask: Tensor, batch_size: int) -> None:
         expected = (batch_size, self.num_patches)
@@ -174,7 +185,7 @@ class MAE(ComposerModel):
 
 
 class MAEDecoder(nn.Module):
-    """Reconstructs every patch from the encoder's features of the visible ones.
+    """Reconstructs the hidden patches from the encoder's features of the visible ones.
 
     Args:
         grid: Rows and columns of patches.
@@ -206,7 +217,7 @@ class MAEDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_position(grid, dim), requires_grad=False)
         self.blocks = nn.Sequential(
-            *(Block(dim, num_heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth))
+            *(TailBlock(dim, num_heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(depth))
         )
         self.norm = norm_layer(dim)
         self.head = nn.Linear(dim, 3 * patch_size**2)
@@ -221,19 +232,25 @@ class MAEDecoder(nn.Module):
         """What is recomputed in backward under Composer's ``activation_checkpointing``: each block."""
         return isinstance(module, Block)
 
-    def forward(self, latent: Tensor, visible: Tensor) -> Tensor:
-        """Predict the pixels of every patch.
+    def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the pixels of the hidden patches.
 
         Args:
             latent: Encoder features, shape (batch, 1 + visible patches, encoder dim).
             visible: Indices of the visible patches, shape (batch, visible patches), int64.
+            hidden: Indices of the hidden patches, shape (batch, hidden patches), int64.
 
         Returns:
-            Shape (batch, patches, pixels of a patch).
+            Shape (batch, hidden patches, pixels of a patch), in the order of ``hidden``.
         """
-        tokens = self.embed(latent)
-        batch, _, dim = tokens.shape
-        hidden = self.mask_token.to(tokens.dtype).expand(batch, self.pos_embed.shape[1] - 1, dim)
-        patches = hidden.scatter(1, visible[:, :, None].expand(-1, -1, dim), tokens[:, 1:])
-        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.pos_embed
-        return self.head(self.norm(self.blocks(tokens))[:, 1:])
+        # Attention does not care for the order of tokens: the hidden patches stand last, and what comes
+        # after the last block's keys and values is computed for them alone.
+        first, positions = self.pos_embed[:, :1], self.pos_embed[0, 1:]
+        seen = self.embed(latent) + torch.cat(
+            [first.expand(len(visible), -1, -1), F.embedding(visible, positions)], dim=1
+        )
+        tokens = torch.cat([seen, self.mask_token + F.embedding(hidden, positions)], dim=1)
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(last(tokens, last=hidden.shape[1])))

@@ -14,6 +14,7 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from aemim_algorithm.models.attention import use_our_attention
 from aemim_algorithm.models.masking import require_image_size, require_mask_shape, upsample_mask
 from aemim_algorithm.models.sizes import require_swin_sizes, require_vit_sizes
 
@@ -70,6 +71,7 @@ class MaskTokenViT(VisionTransformer):
             global_pool="",
             fix_init=depth_scaled_init,
         )
+        use_our_attention(self)
         self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         for weight in (self.cls_token, self.mask_token, self.patch_embed.proj.weight):
             nn.init.trunc_normal_(weight, std=0.02)

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from aemim_algorithm.models import MODELS
 from aemim_algorithm.models.masking import (
+    hidden_indices,
     images_in,
     mask_images,
     normalize_patches,
     patchify,
     random_mask,
+    split_indices,
     unpatchify,
     visible_indices,
 )
@@ -58,9 +60,63 @@ def test_loss_is_the_mean_squared_error_of_normalised_hidden_patches(images: Ten
             patch = images[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].double().numpy().ravel()
             target = (patch - patch.mean()) / np.sqrt(patch.var(ddof=1) + 1e-6)
             if outputs["mask"][i, p]:
-                errors.append((outputs["prediction"][i, p].detach().numpy() - target) ** 2)
+                predicted = outputs["prediction"][i, int(outputs["mask"][i, :p].sum())]
+                errors.append((predicted.detach().numpy() - target) ** 2)
     assert len(errors) == 8 * 12
     assert model.loss(outputs, (images, None)).item() == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("norm_pixel_target", [True, False])
+def test_the_hidden_patches_are_those_of_a_decoder_of_all(
+    depth: int, norm_pixel_target: bool, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token in every block, then the hidden ones picked: equal predictions, loss and gradients."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # what the loss computes in
+    model = tiny_mae(decoder_depth=depth, norm_pixel_target=norm_pixel_target).double()
+    images = images.double().requires_grad_()
+    outputs = model(images, random_mask(8, 16, 0.75))
+    prediction, loss = _by_all_tokens(model, images, outputs["mask"])
+    torch.testing.assert_close(outputs["prediction"], prediction, rtol=1e-12, atol=1e-12)
+    found = model.loss(outputs, images)
+    assert found.item() == pytest.approx(loss.item(), rel=1e-12)
+    leaves = {"images": images} | {n: p for n, p in model.named_parameters() if p.requires_grad}
+    expected = torch.autograd.grad(loss, list(leaves.values()))
+    for (name, _), got, value in zip(
+        leaves.items(), torch.autograd.grad(found, list(leaves.values())), expected, strict=True
+    ):
+        torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def _by_all_tokens(model: Any, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    decoder = model.decoder
+    visible = visible_indices(mask, 4)
+    tokens = decoder.embed(model.encoder(images, visible))
+    patches = decoder.mask_token.expand(8, 16, -1)
+    patches = patches.scatter(1, visible[:, :, None].expand(-1, -1, tokens.shape[-1]), tokens[:, 1:])
+    tokens = torch.cat([tokens[:, :1], patches], dim=1) + decoder.pos_embed
+    for block in decoder.blocks:
+        tokens = block(tokens)
+    every = decoder.head(decoder.norm(tokens))[:, 1:]
+    target = patchify(images, 4)
+    if model.norm_pixel_target:
+        target = normalize_patches(target)[0]
+    error = (every - target).square().mean(dim=-1)
+    return every[mask].view(8, 12, -1), (error * mask).sum() / mask.sum()
+
+
+def test_reconstructions_show_predictions_where_patches_are_hidden(images: Tensor) -> None:
+    model = tiny_mae(norm_pixel_target=False)
+    outputs = model(images)
+    mask, shown = outputs["mask"], model.reconstruct(outputs, images)
+    hidden = _pixels(mask)
+    assert torch.equal(shown[~hidden], images[~hidden])
+    assert torch.equal(patchify(shown, 4)[mask], outputs["prediction"].detach().flatten(0, 1))
+    assert torch.equal(model.reconstruct(outputs, images, visible_from=images + 1)[hidden], shown[hidden])
+    # A model that predicts each patch's own structure is given its colour and contrast.
+    model.norm_pixel_target = True
+    target = normalize_patches(patchify(images, 4))[0][mask].view(8, 12, -1)
+    torch.testing.assert_close(model.reconstruct({"prediction": target, "mask": mask}, images), images)
 
 
 def test_loss_reaches_every_trainable_parameter(images: Tensor) -> None:
@@ -77,8 +133,12 @@ def test_mask_hides_the_same_number_at_random(ratio: float) -> None:
     assert (mask.sum(1) == 16 - int(16 * (1 - ratio))).all()
     assert mask.float().mean(0).std() < 0.04
     visible = visible_indices(mask, 16 - int(mask[0].sum()))
+    hidden = hidden_indices(mask, int(mask[0].sum()))
     assert (visible.diff(dim=1) > 0).all()
+    assert (hidden.diff(dim=1) > 0).all()
     assert not mask.gather(1, visible).any()
+    assert mask.gather(1, hidden).all()
+    assert all(map(torch.equal, split_indices(mask, visible.shape[1]), (visible, hidden)))
 
 
 def test_patches_round_trip_and_follow_the_convolution(images: Tensor) -> None:
@@ -171,5 +231,5 @@ def test_non_square_images() -> None:
     model = tiny_mae(image_size=(16, 24))
     images = torch.randn(2, 3, 16, 24)
     outputs = model(images)
-    assert outputs["prediction"].shape == (2, 24, 48)
+    assert outputs["prediction"].shape == (2, 18, 48)
     assert model.loss(outputs, images).isfinite()
