@@ -76,6 +76,8 @@ def _measure(contenders: Mapping[str, Make], *, rounds: int, device: str, thread
     try:
         measured = measure(makers, rounds=rounds, device=device, threads=threads)
     except SystemExit as death:  # killed: a CPU process cannot see it coming
+        if not isinstance(death.code, str):
+            raise  # this process is to end: Composer makes SIGTERM an exit with a number
         print(death, file=sys.stderr)
         return {name: {FAILED: "died"} for name in contenders}
     return {name: _row(row) for name, row in measured.items()}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -22,13 +25,30 @@ from aemim_algorithm.data.convert import convert
 from aemim_algorithm.data.streaming import train_data
 from aemim_algorithm.data.transforms import RandomResizedCropFlip, decode, random_crop_box
 
-__all__ = ["FULL", "PIL", "RESIZED", "STAGES", "Pipeline", "build", "grey_levels"]
+__all__ = [
+    "CROP_RATIO",
+    "CROP_SCALE",
+    "FULL",
+    "IMAGE_SIZE",
+    "PIL",
+    "RESIZED",
+    "STAGES",
+    "Pipeline",
+    "Seconds",
+    "build",
+    "grey_levels",
+    "shard_pipeline",
+    "timed",
+    "write_shards",
+]
 
 IMAGE_SIZE = 224
 CROP_SCALE = (0.2, 1.0)  # as MAE pre-trains; the ratio is torchvision's and ours by default
 CROP_RATIO = (3 / 4, 4 / 3)
 STAGES = ("images", "batches", "normalised batches")
 PIL, FULL, RESIZED = "PIL image folder", "shards, full size", "shards, resize 256"
+
+Seconds = dict[str, list[float]]  # "cpu" and "wall", one of each round, per image
 
 
 @dataclass(frozen=True)
@@ -68,7 +88,7 @@ def pil_pipeline(folder: Path, batch_size: int) -> Pipeline:
     return Pipeline(dataset, DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=True))
 
 
-def shard_pipeline(shards: Path, batch_size: int, seed: int) -> Pipeline:
+def shard_pipeline(shards: Path, batch_size: int, seed: int, workers: int = 0) -> Pipeline:
     """What a recipe trains from."""
     spec = train_data(
         shards,
@@ -78,20 +98,48 @@ def shard_pipeline(shards: Path, batch_size: int, seed: int) -> Pipeline:
         std=IMAGENET_DEFAULT_STD,
         seed=seed,
         crop_scale=CROP_SCALE,
+        workers=workers,
     )
     loader: Any = spec.dataloader
     return Pipeline(loader.dataset, loader, spec.microbatch_transforms)
 
 
-def build(folder: Path, scratch: Path, batch_size: int, seed: int) -> dict[str, Pipeline]:
-    """Write both kinds of shards, and make the three pipelines."""
-    sizes = {FULL: None, RESIZED: 256}
-    pipelines = {PIL: pil_pipeline(folder, batch_size)}
-    for number, (name, size) in enumerate(sizes.items()):
-        shards = scratch / f"shards-{number}"
-        convert(folder, shards, resize=size, progress=False)
-        pipelines[name] = shard_pipeline(shards, batch_size, seed)
-    return pipelines
+def write_shards(folder: Path, scratch: Path) -> dict[str, Path]:
+    """Shards of the files as they are, and of resized ones."""
+    shards = {FULL: scratch / "shards-full", RESIZED: scratch / "shards-256"}
+    convert(folder, shards[FULL], resize=None, progress=False)
+    convert(folder, shards[RESIZED], resize=256, progress=False)
+    return shards
+
+
+def build(folder: Path, shards: dict[str, Path], batch_size: int, seed: int) -> dict[str, Pipeline]:
+    """The three pipelines."""
+    ours = {name: shard_pipeline(place, batch_size, seed) for name, place in shards.items()}
+    return {PIL: pil_pipeline(folder, batch_size)} | ours
+
+
+def timed(work: Iterator[int], skip: int = 1) -> dict[str, float]:
+    """Seconds per image of processor and wall time, after the first pieces of work.
+
+    Args:
+        work: The number of images of each piece, as it is done.
+        skip: Pieces that do not count. The loader starts its workers for the first one; when there are as
+            many as workers, all that the others have made in the meantime is there, too.
+    """
+    for _ in itertools.islice(work, skip):
+        pass
+    cpu, wall = _processor_seconds(), time.perf_counter()
+    images = sum(work)
+    return {
+        "cpu": (_processor_seconds() - cpu) / images,
+        "wall": (time.perf_counter() - wall) / images,
+    }
+
+
+def _processor_seconds() -> float:
+    """Of this process and of the workers that live."""
+    workers = [child.cpu_times() for child in psutil.Process().children()]
+    return time.process_time() + sum(times.user + times.system for times in workers)
 
 
 def grey_levels(files: Sequence[str], seed: int) -> list[float]:
