@@ -45,6 +45,7 @@ from aemim_algorithm.composition import (
     prepare_compiled,
     prepare_for,
 )
+from aemim_algorithm.early_exit import layer_of
 from aemim_algorithm.finite import FiniteCheck
 from aemim_algorithm.injection import EncoderTap
 from aemim_algorithm.losses import DISTANCES
@@ -92,6 +93,9 @@ class AEMIM(Algorithm):
             that images can enter.
         mean: Mean of the images' normalisation, one value for each channel, in [0, 1] pixels.
         std: Standard deviation of the images' normalisation, likewise, positive.
+        attack_layer: Dotted path of a layer inside of the encoder, such as ``"encoder.blocks.2"``, at which
+            the attack's passes end: they cost less, and raise the distance of that layer's output, and by it
+            that of the features (docs/attack_cost.md). ``None`` for the encoder's end (Eq. 7).
         separate_backward: Whether the clean branch's backward runs before the attack, which brings peak
             memory down to about that of training without AEMIM; gradients are the same. FSDP2 reduces them
             twice a micro-batch.
@@ -113,6 +117,7 @@ class AEMIM(Algorithm):
         encoder: str | None = None,
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        attack_layer: str | None = None,
         separate_backward: bool = False,
     ) -> None:
         self.epsilon = schedule_text(epsilon)
@@ -123,6 +128,7 @@ class AEMIM(Algorithm):
         self.adversarial_loss = adversarial_loss
         self.adapter = adapter
         self.encoder = encoder
+        self.attack_layer = attack_layer
         self.separate_backward = separate_backward
         self._schedules = self._validate(mean, std)
         self.mean = tuple(mean)
@@ -146,6 +152,14 @@ class AEMIM(Algorithm):
         require_per_channel("std", std, positive=True)
         if self.encoder is not None and not isinstance(self.encoder, str):
             raise ValueError(f"encoder={self.encoder!r}: expected a dotted path such as 'model.encoder'")
+        if self.attack_layer is not None and not isinstance(self.attack_layer, str):
+            raise ValueError(
+                f"attack_layer={self.attack_layer!r}: expected a dotted path such as 'encoder.blocks.2'"
+            )
+        if self.attack_layer is not None and self.adversarial_loss == "reconstruction":
+            raise ValueError(
+                "attack_layer with adversarial_loss='reconstruction', which needs the whole model: choose one"
+            )
         if not isinstance(self.separate_backward, bool):
             raise ValueError(f"separate_backward={self.separate_backward!r}: expected True or False")
         ratio = self.adversarial_ratio
@@ -190,14 +204,17 @@ class AEMIM(Algorithm):
         """
         path = self.encoder or find_encoder(model, channels=len(self.mean))
         owner, _, encoder = resolve_encoder(model, path)  # before anything is changed
-        repeat_what_forward_saw(model, encoder if isinstance(encoder, torch.nn.Module) else owner)
+        module = encoder if isinstance(encoder, torch.nn.Module) else owner
+        if self.attack_layer is not None:
+            layer_of(model, self.attack_layer, module)
+        repeat_what_forward_saw(model, module)
         require_same_adapters(model, self.adapter)
         self._num_adapters = apply_adapters(model, self.adapter, optimizers)
         if self._model is not model:
             self._model, self._checked = model, False
             model.register_load_state_dict_pre_hook(adapt_state_dict)
             branch = AdversarialBranch(
-                EncoderTap(model, path),
+                EncoderTap(model, path, self.attack_layer),
                 steps=self.steps,
                 step_size=self.step_size,
                 adversarial_loss=self.adversarial_loss,

@@ -38,7 +38,8 @@ class AdversarialPass:
         batch: The clean batch of the chosen samples: the target of L_a (Eq. 5).
         outputs: The model's outputs for x_a, with gradient.
         distances: Feature distance for each sample from the start: of noise alone, then after each
-            step, T + 1 tensors of shape (samples,); mean over tokens.
+            step, T + 1 tensors of shape (samples,); mean over tokens. After the last step only, if the
+            attack's passes end before the encoder's features.
         perturbation: L-infinity distance of each sample, in 1/255, shape (samples,).
     """
 
@@ -157,7 +158,8 @@ class AdversarialBranch:
 
         def objective(images: Tensor) -> Tensor:
             value, distance = self._objective(step, images)
-            distances.append(distance)
+            if not self.tap.ends_early:
+                distances.append(distance)
             return value
 
         with adversarial_mode(step.model):
@@ -167,23 +169,26 @@ class AdversarialBranch:
                 )
             with record_function("aemim/adversarial_forward"), preserved_buffers(step.model, clean_only=True):
                 outputs, features = self._forward(step, images, forward)
-        distances.append(self._distance(step, features.detach())[1])
+        distances.append(self._feature_distance(step, features))
         perturbation = linf_distance(images, clean_images, self._attack["std"])
         return AdversarialPass(images, clean_images, step.batch, outputs, tuple(distances), perturbation)
 
     def _objective(self, step: _Step, images: Tensor) -> tuple[Tensor, Tensor]:
         """The adversarial loss, summed over samples, and each sample's feature distance."""
         if self.adversarial_loss != "reconstruction":
-            return self._distance(step, unit_gradient(self.tap.encode(step.call, images)))
+            attacked = unit_gradient(self.tap.encode(step.call, images))
+            return self._distance(attacked, step.call.reference, step.call.reference_dim)
         outputs, features = self._forward(step, images, step.model)
         # A sum over pixels, not a mean, for half precision's sake; a power of two rounds nothing.
         scale = images.shape[0] * 2 ** (images[0].numel().bit_length() - 1)
         loss = at_least_float32(total_loss(step.model.loss(outputs, step.batch))) * scale
-        return loss, self._distance(step, features.detach())[1]
+        return loss, self._feature_distance(step, features)
 
-    def _distance(self, step: _Step, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The distance to the clean features, summed over samples; for each sample, a mean over tokens."""
-        reference, dim = step.call.features, step.call.feature_dim
+    def _feature_distance(self, step: _Step, features: Tensor) -> Tensor:
+        return self._distance(features.detach(), step.call.features, step.call.feature_dim)[1]
+
+    def _distance(self, features: Tensor, reference: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """The distance to a reference, summed over samples; for each sample, a mean over tokens."""
         distance = DISTANCES.get(self.adversarial_loss, l2_distance)(features, reference, dim)
         return distance.sum(), distance.detach() / num_tokens(reference, dim)
 

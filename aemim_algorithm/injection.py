@@ -9,7 +9,7 @@ still sees the clean batch. So every target that the model computes from its own
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +19,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from aemim_algorithm.early_exit import EarlyExit
 from aemim_algorithm.randomness import RngState
-from aemim_algorithm.samples import map_tensors, take_samples
+from aemim_algorithm.samples import first_tensor, map_tensors, take_samples
 from aemim_algorithm.search import candidates, resolve_encoder
 from aemim_algorithm.sharding import gathering, keep_images_exact, make_fsdp_unit
 
-__all__ = ["EncoderCall", "EncoderTap", "feature_dim", "first_tensor"]
+__all__ = ["EncoderCall", "EncoderTap", "feature_dim"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class EncoderCall:
         rng: The global generators as the encoder found them.
         features: What it returned, detached: the stop-gradient reference of Eq. 7.
         feature_dim: Which dimension of them holds a token's features.
+        reference: What the attack compares with: the features, or the output of the layer that it ends at.
+        reference_dim: Which dimension of it holds a token's features.
         deterministic: Whether the encoder drew nothing from the global generators.
     """
 
@@ -47,6 +50,8 @@ class EncoderCall:
     rng: RngState
     features: Tensor
     feature_dim: int
+    reference: Tensor
+    reference_dim: int
     deterministic: bool
 
     @property
@@ -58,8 +63,8 @@ class EncoderCall:
         """The same call for some samples of the batch only."""
         size = self.images.shape[0]
         args, kwargs = take_samples((self.args, self.kwargs), index, size)
-        features = take_samples(self.features, index, size)
-        return replace(self, args=args, kwargs=kwargs, features=features)
+        features, reference = take_samples((self.features, self.reference), index, size)
+        return replace(self, args=args, kwargs=kwargs, features=features, reference=reference)
 
 
 class EncoderTap:
@@ -70,16 +75,18 @@ class EncoderTap:
     Args:
         model: The model that holds the encoder.
         path: Dotted path of a submodule or of a method, as :func:`find_encoder` returns it.
+        layer: Dotted path of a layer inside of it at which the attack's passes end; ``None`` for its end.
 
     Raises:
-        ValueError: If there is no such submodule or method.
+        ValueError: If there is no such submodule, method or layer.
     """
 
-    def __init__(self, model: nn.Module, path: str) -> None:
+    def __init__(self, model: nn.Module, path: str, layer: str | None = None) -> None:
         self.path = path
         owner, name, self._encoder = resolve_encoder(model, path)
         # A method answers for its module.
         self.module: nn.Module | None = self._encoder if isinstance(self._encoder, nn.Module) else owner
+        self._exit = None if layer is None else EarlyExit(model, layer, self.module)
         self._gathering_encoder = self._encoder  # what the attack calls
         make_fsdp_unit(model, self.module)
         self._hook: RemovableHandle | None = None
@@ -102,8 +109,11 @@ class EncoderTap:
             model: The model as it trains, its parts wrapped by FSDP; without DDP's wrapper.
 
         Raises:
-            ValueError: If FSDP1 has sharded it, and the encoder is a method.
+            ValueError: If FSDP1 has sharded it, and the encoder is a method; if FSDP has, and the attack ends
+                at a layer.
         """
+        if self._exit is not None:
+            self._exit.require_whole(model)
         if self.module is None:
             return
         is_method = not isinstance(self._encoder, nn.Module)
@@ -158,6 +168,13 @@ class EncoderTap:
     def cancel(self) -> None:
         """Stop recording and forget what was recorded."""
         self._recording, self._call, self._entered = False, None, None
+        if self._exit is not None:
+            self._exit.cancel()
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether the attack's passes end before the encoder's end."""
+        return self._exit is not None
 
     def sees_the_batch(self) -> bool:
         """Whether features depend on the other samples: batch normalization, in training mode."""
@@ -186,9 +203,15 @@ class EncoderTap:
         return self._features
 
     def encode(self, call: EncoderCall, images: Tensor) -> Tensor:
-        """Call the encoder as it was called before, randomness included, with other images."""
+        """Call the encoder as it was called before, randomness included, with other images.
+
+        Returns:
+            What belongs beside the call's ``reference``.
+        """
         call.rng.restore()
         args, kwargs = _replace_image(call.args, call.kwargs, call.slot, images)
+        if self._exit is not None:
+            return self._exit.output_of(functools.partial(self._gathering_encoder, *args, **kwargs))
         features = first_tensor(self._gathering_encoder(*args, **kwargs))
         assert features is not None  # the recorded call has returned some
         return features
@@ -206,6 +229,8 @@ class EncoderTap:
             slot = self._slot(args, kwargs)
             args, kwargs = map_tensors((args, kwargs), Tensor.detach)
             self._entered = (args, kwargs, slot, RngState.capture())
+            if self._exit is not None:
+                self._exit.start()
         return None
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
@@ -221,8 +246,14 @@ class EncoderTap:
                 "floating-point tensor: pass AEMIM(encoder=...) a module that returns features"
             )
         unchanged = rng == RngState.capture()
-        dim = feature_dim(self.module, features)
-        self._call = EncoderCall(args, kwargs, slot, rng, features.detach(), dim, unchanged)
+        features, dim = features.detach(), feature_dim(self.module, features)
+        reference, reference_dim = features, dim
+        if self._exit is not None:
+            reference = self._exit.stop()
+            reference_dim = feature_dim(self._exit.layer, reference)
+        self._call = EncoderCall(
+            args, kwargs, slot, rng, features, dim, reference, reference_dim, deterministic=unchanged
+        )
 
     def _call_method(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self._enter(None, args, kwargs) or (args, kwargs)
@@ -269,16 +300,6 @@ def feature_dim(encoder: object, features: Tensor) -> int:
     modules = encoder.modules() if isinstance(encoder, nn.Module) else ()
     widths = {m.normalized_shape[-1] for m in modules if isinstance(m, nn.LayerNorm)}
     return -1 if features.shape[-1] in widths and features.shape[1] not in widths else 1
-
-
-def first_tensor(output: object) -> Tensor | None:
-    """The first floating-point tensor of a module's output (tensor, tuple, dict or ModelOutput)."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    values = output.values() if isinstance(output, Mapping) else output
-    if not isinstance(output, Mapping | list | tuple):
-        return None
-    return next((t for value in values if (t := first_tensor(value)) is not None), None)  # type: ignore[attr-defined]
 
 
 def _replace_image(

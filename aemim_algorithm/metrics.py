@@ -21,11 +21,13 @@ class AttackMetrics:
     def __init__(self) -> None:
         self._sums: Tensor | None = None
         self._largest: Tensor | None = None
+        self._first_is_known = False
 
     def update(self, result: AdversarialPass, *, counted: bool = True) -> None:
         """Add the samples of one adversarial pass; none of a pass that only keeps step with other ranks."""
-        _, first, *later = result.distances
-        last = later[-1] if later else first
+        steps = result.distances[1:] or result.distances  # without the noise, if it was measured
+        first, last = steps[0], steps[-1]
+        self._first_is_known = len(result.distances) > 1
         sums = torch.stack([first.sum(), last.sum(), first.new_tensor(float(len(first)))])
         largest = result.perturbation.amax()
         if not counted:
@@ -40,8 +42,8 @@ class AttackMetrics:
         dist.all_reduce(self._sums, reduce_operation="SUM")
         dist.all_reduce(self._largest, reduce_operation="MAX")
         first, last, count = self._sums.tolist()
-        return {
-            "aemim/feature_distance/first_step": first / count,
+        after_first = {"aemim/feature_distance/first_step": first / count} if self._first_is_known else {}
+        return after_first | {
             "aemim/feature_distance/last_step": last / count,
             "aemim/perturbation_linf": self._largest.item(),
         }

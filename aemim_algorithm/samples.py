@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["first_dimension", "map_tensors", "take_samples"]
+__all__ = ["first_dimension", "first_tensor", "map_tensors", "take_samples"]
 
 
 def take_samples(value: Any, index: Tensor, size: int) -> Any:
@@ -98,3 +98,13 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
         items = [map_tensors(item, function) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def first_tensor(output: object) -> Tensor | None:
+    """The first floating-point tensor of a module's output (tensor, tuple, dict or ModelOutput)."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if isinstance(output, Mapping) else output
+    if not isinstance(output, Mapping | list | tuple):
+        return None
+    return next((t for value in values if (t := first_tensor(value)) is not None), None)  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ METHODS: dict[str, Callable[[], AEMIM | None]] = {
     "AEMIM": AEMIM,
     "AEMIM T=3": partial(AEMIM, steps=3),
     "AEMIM, separate": partial(AEMIM, separate_backward=True),
+    "AEMIM, early layer": partial(AEMIM, attack_layer="encoder.blocks.2", step_size=4.0),
     "Fast AEMIM": AEMIM.fast,
 }
 """By name; ``"AEMIM"`` is the standard one, T=2."""

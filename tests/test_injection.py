@@ -13,7 +13,8 @@ from timm.layers import LayerNorm2d
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from aemim_algorithm.injection import EncoderTap, feature_dim, first_tensor
+from aemim_algorithm.injection import EncoderTap, feature_dim
+from aemim_algorithm.samples import first_tensor
 
 
 class Monolith(nn.Module):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aemim_algorithm.adapters import apply_adapters
 from aemim_algorithm.algorithm import AEMIM
+from aemim_algorithm.early_exit import EarlyExit
 from aemim_algorithm.losses import total_loss
 from aemim_algorithm.models.classifier import ImageClassifier
+from aemim_algorithm.samples import first_tensor
 from aemim_algorithm.search import find_encoder, resolve_encoder
 
 __all__ = ["Estimate", "attack_flops", "estimate", "matmul_rate", "saved_bytes", "step_flops"]
@@ -111,17 +114,23 @@ def step_flops(model: ComposerModel, batch: Any, algorithm: AEMIM | None = None)
     if algorithm is None:
         return clean
     encoder = None if algorithm.adversarial_loss == "reconstruction" else _encoder(model, algorithm)
-    attack = algorithm.steps * attack_flops(model, batch, encoder)
+    layer = None
+    if algorithm.attack_layer is not None:
+        layer = EarlyExit(model, algorithm.attack_layer, encoder)
+    attack = algorithm.steps * attack_flops(model, batch, encoder, layer)
     return clean + algorithm.present("adversarial_ratio") * (attack + clean)
 
 
-def attack_flops(model: ComposerModel, batch: Any, encoder: nn.Module | None) -> float:
+def attack_flops(
+    model: ComposerModel, batch: Any, encoder: nn.Module | None, layer: EarlyExit | None = None
+) -> float:
     """FLOPs of one attack step: a forward, and a backward to the image, not to the weights.
 
     Args:
         model: The model.
         batch: Images and labels, on the model's device.
         encoder: The submodule that is attacked; ``None``: the reconstruction loss of the whole model.
+        layer: The layer of it where the pass ends; ``None`` for its end.
 
     Returns:
         FLOPs for the whole batch.
@@ -148,7 +157,9 @@ def attack_flops(model: ComposerModel, batch: Any, encoder: nn.Module | None) ->
     # Not a leaf: the counter's own hooks refuse autograd.grad to a leaf that enters a module.
     images = images.detach().requires_grad_().clone()
     with FlopCounterMode(display=False) as counter:
-        features = module(images, *rest, **options)
+        encode = partial(module, images, *rest, **options)
+        features = first_tensor(encode()) if layer is None else layer.output_of(encode)
+        assert features is not None  # the clean pass has returned some
         torch.autograd.grad(features.sum(), images)
     return float(counter.get_total_flops())
 

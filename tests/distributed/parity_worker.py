@@ -222,6 +222,26 @@ def run_with_unused_parameters(folder: Path) -> None:
     torch.save(state if world == 1 else (said, state), folder / name)
 
 
+def run_with_attack_layer(folder: Path) -> None:
+    """Passes that end early are refused under FSDP2 on every rank."""
+    case = Case(MAE)
+    trainer = Trainer(
+        model=untrained(case),
+        train_dataloader=[own_rows(batch_of(case, 0))],
+        algorithms=[AEMIM(attack_layer="encoder.blocks.0")],
+        max_duration="1ba",
+        device="cpu",
+        device_train_microbatch_size=BATCH_SIZE // 2,
+        parallelism_config={"fsdp": FSDP2Config()},
+        progress_bar=False,
+    )
+    try:
+        trainer.fit()
+    except ValueError as error:
+        (folder / f"layer-{dist.get_global_rank()}.txt").write_text(str(error))
+    trainer.close()
+
+
 def run_in_bfloat16(folder: Path) -> None:
     """Notes how far FSDP2's attacked images are from the clean ones, parameters and inputs being bfloat16."""
     # Composer lets no CPU train in it, though autocast and FSDP2 can.
@@ -278,6 +298,8 @@ def main(folder: Path) -> None:
         with noted(folder, "unused parameters"):
             run_with_unused_parameters(folder)
     if world == 2:
+        with noted(folder, "attack layer"):
+            run_with_attack_layer(folder)
         with noted(folder, "bfloat16"):
             run_in_bfloat16(folder)  # last: it changes what precision is for this process
 

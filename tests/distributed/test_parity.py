@@ -70,6 +70,12 @@ def test_attacked_images_stay_in_the_ball_in_bfloat16(trained: Path) -> None:
     assert all(1.9 < distance <= 2 + 1e-4 for distance in distances.values()), distances
 
 
+@pytest.mark.skipif(not transformers_installed, reason="transformers is not installed")
+def test_an_attack_that_ends_early_is_refused_under_fsdp(trained: Path) -> None:
+    for rank in (0, 1):
+        assert "under FSDP" in (trained / f"layer-{rank}.txt").read_text()
+
+
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     for name, value in one.items():
         difference = (other[name].double() - value.double()).norm()
