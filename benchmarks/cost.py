@@ -120,7 +120,7 @@ def methods_for(model: str, options: argparse.Namespace) -> list[str]:
     if not model.startswith("mae_"):
         return [PLAIN, "AEMIM T=1", "AEMIM"]  # Table 9 has T=1
     if options.device == "cpu":
-        return [PLAIN, "Fast AEMIM", "AEMIM", "AEMIM, separate"]
+        return [PLAIN, "Fast AEMIM", "AEMIM", "AEMIM, separate", "AEMIM, early layer"]
     return [*METHODS, *BARE]
 
 
