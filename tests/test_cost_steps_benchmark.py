@@ -18,13 +18,13 @@ TINY: dict[str, dict[str, Any]] = {
     "mae_vit_tiny_patch4": {
         "image_size": 16,
         "embed_dim": 24,
-        "depth": 2,
+        "depth": 3,
         "num_heads": 2,
         "decoder_dim": 16,
         "decoder_depth": 2,
         "decoder_heads": 2,
     },
-    "simmim_vit_tiny_patch4": {"image_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2},
+    "simmim_vit_tiny_patch4": {"image_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 2},
     "simmim_swin_tiny_patch2_window4": {
         "image_size": 16,
         "embed_dim": 8,
