@@ -261,12 +261,12 @@ class AEMIM(Algorithm):
         current.start_batch(batch, self._strength(None), number=step, seed=seed)
         with self._watched():
             outputs = model(batch)
-        if not self.separate_backward:
-            current.attack(model, batch, outputs)
-        current.before_loss()
-        loss = model.loss(outputs, batch)
-        if self.separate_backward:
-            loss = current.attack_separately(model, batch, outputs, loss, weight=weight)
+            if not self.separate_backward:
+                current.attack(model, batch, outputs)
+            current.before_loss()
+            loss = model.loss(outputs, batch)
+            if self.separate_backward:
+                loss = current.attack_separately(model, batch, outputs, loss, weight=weight)
         current.range.warn_once()
         return current.combine(model, loss)
 
@@ -401,7 +401,7 @@ class AEMIM(Algorithm):
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """The clean forward pass is inside; if it fails, nothing of it is kept."""
+        """A step begins inside with its clean forward pass; if it fails, nothing of that is kept."""
         step = self._get_step()
         step.watch()
         try:
