@@ -52,7 +52,7 @@ from aemim_algorithm.losses import DISTANCES
 from aemim_algorithm.plan import noise_of
 from aemim_algorithm.recomputation import repeat_what_forward_saw
 from aemim_algorithm.repeat import RepeatedBatch
-from aemim_algorithm.samples import first_dimension
+from aemim_algorithm.samples import first_dimension, map_tensors
 from aemim_algorithm.schedule import Schedule, largest, parse_schedule, schedule_text, value_at
 from aemim_algorithm.search import find_encoder, resolve_encoder
 from aemim_algorithm.separate_backward import HeldBack, mean_batch_size, require_separable, weight_of
@@ -138,7 +138,7 @@ class AEMIM(Algorithm):
         self._step: TrainingStep | None = None
         self._now: dict[str, float] = {}
         self._repeated = RepeatedBatch()
-        self._held_back = HeldBack()
+        self._held_back, self._batch_size = HeldBack(), 1.0
         self._num_adapters, self._checked = 0, False
 
     def _validate(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, float | Schedule]:
@@ -240,15 +240,15 @@ class AEMIM(Algorithm):
         """One whole step of Algorithm 1 up to the loss, for a loop without a Trainer.
 
         With ``separate_backward`` the clean branch's gradients are in ``.grad`` when it returns, and the
-        backward of the total adds the others.
+        backward of the total adds the others; after an error call ``zero_grad``.
 
         Args:
             model: A model that this object is attached to, in training mode.
             batch: A batch of the model.
             step: Number of the batch in the run: noise and choice depend on it.
             seed: Seed of the run.
-            weight: With ``separate_backward``, what the total is multiplied by before its backward, such as
-                1/4 for a quarter of a batch.
+            weight: With ``separate_backward``, what the total is multiplied by before its backward: 1/4 for
+                a quarter of a batch, times a gradient scaler's factor.
 
         Raises:
             ValueError: If an argument is a schedule: those need a Trainer's time.
@@ -261,12 +261,16 @@ class AEMIM(Algorithm):
         current.start_batch(batch, self._strength(None), number=step, seed=seed)
         with self._watched():
             outputs = model(batch)
-            if not self.separate_backward:
-                current.attack(model, batch, outputs)
-            current.before_loss()
-            loss = model.loss(outputs, batch)
-            if self.separate_backward:
-                loss = current.attack_separately(model, batch, outputs, loss, weight=weight)
+        separate = self.separate_backward and torch.is_grad_enabled()
+        current.stop_watching(model, batch, outputs)
+        if not separate:
+            current.attack(model, batch)
+        current.before_loss()
+        loss = model.loss(outputs, batch)
+        if separate:
+            del outputs
+            loss = current.backward_clean(loss, weight)
+            current.attack(model, batch)
         current.range.warn_once()
         return current.combine(model, loss)
 
@@ -289,11 +293,15 @@ class AEMIM(Algorithm):
         epsilon = self.present("epsilon")
         noise = noise_of(seed=seed, number=step, positions=torch.arange(first_dimension(batch)))
         branch = self._get_step().branch
-        return outputs, branch.finish(model, batch, outputs, epsilon=epsilon, noise=noise)
+        return outputs, branch.finish(model, batch, branch.stop(model, outputs), epsilon=epsilon, noise=noise)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare the arguments with those of the run that saved ``state``; warn of differences."""
-        differences = argument_differences(str(state.get("repr", "")), self._arguments())
+        parameters = inspect.signature(type(self)).parameters
+        defaults = {name: parameter.default for name, parameter in parameters.items()}
+        present = self._arguments()
+        del present["separate_backward"]  # trains the same
+        differences = argument_differences(str(state.get("repr", "")), present, defaults)
         if differences:
             warnings.warn(
                 f"AEMIM continues a run with other arguments: {'; '.join(differences)}", stacklevel=2
@@ -313,7 +321,7 @@ class AEMIM(Algorithm):
 
     def _on_batch_start(self, state: State, logger: Logger) -> None:
         if not self._checked:  # the model is wrapped and compiled by now
-            self._check_model(state.model)
+            self._check_model(state)
         number = int(state.timestamp.batch)
         self._get_step().start_batch(
             state.batch, self._strength(state), number=number, seed=state.rank_zero_seed
@@ -325,7 +333,6 @@ class AEMIM(Algorithm):
     def _on_before_train_batch(self, state: State, logger: Logger) -> None:
         # Once a batch, on each call of an optimizer's closure, and on each attempt at a batch.
         self._repeated.start_attempt(state)
-        self._held_back.release()
         self._get_step().restart()
 
     def _on_before_forward(self, state: State, logger: Logger) -> None:
@@ -335,26 +342,23 @@ class AEMIM(Algorithm):
             self._held_back.hold(state.model)
 
     def _on_after_forward(self, state: State, logger: Logger) -> None:
+        step = self._get_step()
+        step.stop_watching(state.model, state.batch, state.outputs)
         if not self.separate_backward:
-            self._get_step().attack(state.model, state.batch, state.outputs, _precision(state))
+            step.attack(state.model, state.batch, _precision(state))
 
     def _on_before_loss(self, state: State, logger: Logger) -> None:
         self._get_step().before_loss()
 
     def _on_after_loss(self, state: State, logger: Logger) -> None:
-        step, loss = self._get_step(), state.loss
+        step = self._get_step()
         if self.separate_backward:
-            loss = step.attack_separately(
-                state.model,
-                state.batch,
-                state.outputs,
-                loss,
-                weight=weight_of(state, self._batch_size),
-                release=self._held_back.release,
-                precision=_precision(state),
-            )
+            state.loss = step.backward_clean(state.loss, weight_of(state, self._batch_size))
+            # What is left of the clean graph shall not live through the attack.
+            state.outputs = map_tensors(state.outputs, Tensor.detach)
+            step.attack(state.model, state.batch, _precision(state))
         with _precision(state)():
-            state.loss = step.combine(state.model, loss)
+            state.loss = step.combine(state.model, state.loss)
 
     def _on_after_train_batch(self, state: State, logger: Logger) -> None:
         step = self._get_step()
@@ -381,14 +385,15 @@ class AEMIM(Algorithm):
         Event.EPOCH_CHECKPOINT: _on_epoch_checkpoint,
     }
 
-    def _check_model(self, model: torch.nn.Module) -> None:
+    def _check_model(self, state: State) -> None:
         """What can be seen only after INIT, before the first batch."""
+        model = state.model
         tap = self._get_step().branch.tap
         checkpointed = repeat_what_forward_saw(model, tap.module)
         prepare_compiled(unwrapped(model), checkpointed=checkpointed > 0)
         tap.prepare_sharded(unwrapped(model))
         if self.separate_backward:
-            require_separable(model)
+            require_separable(model, state)
         if len(adapters_of(model)) < self._num_adapters:
             raise ValueError(
                 "another algorithm has replaced adapters of AEMIM: pass AEMIM after it in algorithms=[...]"
@@ -401,7 +406,7 @@ class AEMIM(Algorithm):
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """A step begins inside with its clean forward pass; if it fails, nothing of that is kept."""
+        """The clean forward pass is inside; if it fails, nothing of it is kept."""
         step = self._get_step()
         step.watch()
         try:

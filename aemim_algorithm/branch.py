@@ -25,7 +25,7 @@ from aemim_algorithm.losses import DISTANCES, l2_distance, num_tokens, total_los
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.samples import take_samples
 
-__all__ = ["AdversarialBranch", "AdversarialPass"]
+__all__ = ["AdversarialBranch", "AdversarialPass", "CleanPass"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,19 @@ class AdversarialPass:
     outputs: Any
     distances: tuple[Tensor, ...]
     perturbation: Tensor
+
+
+@dataclass(frozen=True)
+class CleanPass:
+    """A clean forward pass as the attack sees it.
+
+    Attributes:
+        call: The encoder's call in it.
+        mask: The mask that its outputs hold, as an argument of ``model.forward``; or nothing.
+    """
+
+    call: EncoderCall
+    mask: dict[str, Tensor]
 
 
 class AdversarialBranch:
@@ -87,11 +100,24 @@ class AdversarialBranch:
         """Forget the clean forward pass: nothing of it is attacked."""
         self.tap.cancel()
 
+    def stop(self, model: ComposerModel, outputs: Any) -> CleanPass:
+        """The clean forward pass has ended.
+
+        Args:
+            model: The model, unwrapped.
+            outputs: What it returned. A ``"mask"`` among them is given to ``model.forward`` again, if that
+                takes an argument ``mask``; other masks are replayed from the generators.
+
+        Returns:
+            What :meth:`finish` needs of it; nothing of its graph.
+        """
+        return CleanPass(self.tap.stop(), _explicit_mask(model, outputs))
+
     def finish(
         self,
         model: ComposerModel,
         batch: Any,
-        outputs: Any,
+        clean: CleanPass,
         *,
         epsilon: float,
         noise: Callable[[Tensor], Tensor],
@@ -101,13 +127,12 @@ class AdversarialBranch:
     ) -> AdversarialPass:
         """Attack the batch that was just run, and run the model on the adversarial images.
 
-        The global generators end where the clean forward left them.
+        The global generators end as they are found.
 
         Args:
             model: The model, unwrapped, in the mode of the clean forward.
             batch: The batch of the clean forward.
-            outputs: Its outputs. A ``"mask"`` among them is given to ``model.forward`` again, if
-                that takes an argument ``mask``; other masks are replayed from the generators.
+            clean: What :meth:`stop` returned after it.
             epsilon: L-infinity budget ε, in 1/255 of the pixel range.
             noise: Makes the starting noise, in [-1, 1] and shaped as the images it is given.
             index: The samples to attack, shape (samples,), int64; ``None`` for all.
@@ -119,8 +144,7 @@ class AdversarialBranch:
             The adversarial pass.
         """
         after = RngState.capture()
-        call = self.tap.stop()
-        mask = _explicit_mask(model, outputs)
+        call, mask = clean.call, clean.mask
         try:
             with precision():
                 if index is not None:
@@ -138,7 +162,9 @@ class AdversarialBranch:
         """The encoder's clean call for some samples; run again if it can't be cut from the whole."""
         assert self._before is not None
         repeatable = call.deterministic and (mask or call.rng == self._before)
-        if repeatable and not self.tap.sees_the_batch():
+        # A layer may hold the batch in another dimension, or windows in its place.
+        cuttable = call.reference.shape[0] == call.images.shape[0]
+        if repeatable and cuttable and not self.tap.sees_the_batch():
             return call.take(index)
         # The random numbers and the statistics of a smaller batch are others: the attack needs a
         # reference under them.

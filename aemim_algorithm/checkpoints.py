@@ -43,12 +43,15 @@ def adapt_state_dict(module: nn.Module, state: dict[str, Any], prefix: str, *_: 
         )
 
 
-def argument_differences(saved: str, current: dict[str, Any]) -> list[str]:
+def argument_differences(
+    saved: str, current: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> list[str]:
     """How the arguments of a saved algorithm differ from those of now.
 
     Args:
         saved: ``repr`` of the saved algorithm.
         current: Arguments of the present one.
+        defaults: What an argument was that an earlier version did not have.
 
     Returns:
         One ``name=saved, now value`` for each difference; nothing if ``saved`` cannot be read.
@@ -56,9 +59,10 @@ def argument_differences(saved: str, current: dict[str, Any]) -> list[str]:
     try:
         call = ast.parse(saved, mode="eval").body
         keywords = call.keywords if isinstance(call, ast.Call) else []
-        values = {keyword.arg: ast.literal_eval(keyword.value) for keyword in keywords}
+        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in keywords}
     except (SyntaxError, ValueError):
         return []
+    values = {**(defaults or {}), **values}
     return [
         f"{name}={values[name]!r}, now {value!r}"
         for name, value in current.items()

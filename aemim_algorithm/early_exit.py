@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from aemim_algorithm.samples import first_tensor
+from aemim_algorithm.samples import detached_copy, first_tensor
 
 __all__ = ["EarlyExit", "layer_of"]
 
@@ -34,7 +34,7 @@ class EarlyExit:
         self.layer: nn.Module | None = layer_of(model, path, encoder)
         self._recording = self._ending = False
         self._output: Tensor | None = None
-        self.layer.register_forward_hook(self._leave)
+        self._hook = self.layer.register_forward_hook(self._leave)
 
     def require_whole(self, model: nn.Module) -> None:
         """Refuse what a pass that ends early would leave half-done.
@@ -75,7 +75,7 @@ class EarlyExit:
                 f"attack_layer={self.path!r} returned no floating-point tensor in the encoder's forward: "
                 "expected a layer that every pass calls"
             )
-        return output.detach()
+        return output
 
     def output_of(self, encode: Callable[[], Any]) -> Tensor:
         """Call the encoder, and end the pass at the layer.
@@ -90,7 +90,14 @@ class EarlyExit:
             return reached.output
         finally:
             self._ending = False
-        raise ValueError(f"attack_layer={self.path!r} was not reached by a pass of the attack")
+        raise ValueError(
+            f"a pass of the attack went through attack_layer={self.path!r} without ending there: in an "
+            "encoder that is compiled by itself name a whole block; a model must not catch every exception"
+        )
+
+    def remove(self) -> None:
+        """Take the hook off the layer."""
+        self._hook.remove()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._ending:
@@ -98,12 +105,13 @@ class EarlyExit:
             if tensor is not None:
                 raise _Reached(tensor)
         if self._recording and self._output is None:
-            self._output = first_tensor(output)
+            # A copy: what follows may change it in place, which a pass that ends here never does.
+            self._output = detached_copy(output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EarlyExit:
         # As the tap of a copied model, it is idle.
         copied = object.__new__(EarlyExit)
-        copied.__dict__ = self.__getstate__() | {"layer": None}
+        copied.__dict__ = self.__getstate__() | {"layer": None, "_hook": None}
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,8 +120,9 @@ class EarlyExit:
 
 def layer_of(model: nn.Module, path: str, encoder: nn.Module | None) -> nn.Module:
     """A layer inside of the encoder; arguments and errors as of :class:`EarlyExit`."""
-    modules = dict(model.named_modules())
-    inside = set((encoder or model).modules()) - {encoder, model}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    outer = model if encoder is None else encoder
+    inside = set(outer.modules()) - {outer, model}
     layer = modules.get(path)
     if layer is None or layer not in inside:
         known = [name for name, module in modules.items() if module in inside and name.count(".") < 3]

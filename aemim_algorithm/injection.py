@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from aemim_algorithm.early_exit import EarlyExit
 from aemim_algorithm.randomness import RngState
-from aemim_algorithm.samples import first_tensor, map_tensors, take_samples
+from aemim_algorithm.samples import detached_copy, first_tensor, map_tensors, take_samples
 from aemim_algorithm.search import candidates, resolve_encoder
 from aemim_algorithm.sharding import gathering, keep_images_exact, make_fsdp_unit
 
@@ -190,7 +190,7 @@ class EncoderTap:
             rng: The generators that the encoder shall find.
 
         Yields:
-            A function that returns the features of that call, with gradient.
+            A function that returns the features of that call, detached.
         """
         self._injected, self._features = (images, rng), None
         try:
@@ -235,22 +235,22 @@ class EncoderTap:
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
         if self._injected is not None and self._features is None:
-            self._features = first_tensor(output)
+            self._features = detached_copy(output)
         if not self._recording or self._entered is None:
             return
         (args, kwargs, slot, rng), self._entered = self._entered, None
-        features = first_tensor(output)
+        features = detached_copy(output)  # the model may go on to change them in place
         if features is None:
             raise ValueError(
                 f"the encoder {self.path!r} returned {type(output).__name__}, which holds no "
                 "floating-point tensor: pass AEMIM(encoder=...) a module that returns features"
             )
         unchanged = rng == RngState.capture()
-        features, dim = features.detach(), feature_dim(self.module, features)
+        dim = feature_dim(self.module, features)
         reference, reference_dim = features, dim
         if self._exit is not None:
             reference = self._exit.stop()
-            reference_dim = feature_dim(self._exit.layer, reference)
+            reference_dim = feature_dim(self.module, reference)
         self._call = EncoderCall(
             args, kwargs, slot, rng, features, dim, reference, reference_dim, deterministic=unchanged
         )

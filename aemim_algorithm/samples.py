@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["first_dimension", "first_tensor", "map_tensors", "take_samples"]
+__all__ = ["detached_copy", "first_dimension", "first_tensor", "map_tensors", "take_samples"]
 
 
 def take_samples(value: Any, index: Tensor, size: int) -> Any:
@@ -108,3 +108,9 @@ def first_tensor(output: object) -> Tensor | None:
     if not isinstance(output, Mapping | list | tuple):
         return None
     return next((t for value in values if (t := first_tensor(value)) is not None), None)  # type: ignore[attr-defined]
+
+
+def detached_copy(output: object) -> Tensor | None:
+    """A copy of :func:`first_tensor`, without its graph."""
+    tensor = first_tensor(output)
+    return None if tensor is None else tensor.detach().clone()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
 
-from aemim_algorithm.adapters import adapters_of
 from aemim_algorithm.losses import total_loss
 from aemim_algorithm.samples import first_dimension, map_tensors
 
@@ -27,7 +27,7 @@ __all__ = [
     "expect_weight",
     "mean_batch_size",
     "require_separable",
-    "untouched",
+    "touching",
     "weight_of",
 ]
 
@@ -43,8 +43,9 @@ def backward_clean(loss: Any, weight: float | Tensor) -> Any:
         The loss without its graph.
     """
     total = total_loss(loss)
-    with record_function("aemim/clean_backward"):
-        total.backward(torch.as_tensor(weight, dtype=total.dtype, device=total.device))
+    if total.requires_grad:  # not if all that is trained belongs to the adversarial branch
+        with record_function("aemim/clean_backward"):
+            total.backward(torch.as_tensor(weight, dtype=total.dtype, device=total.device))
     return map_tensors(loss, Tensor.detach)
 
 
@@ -75,7 +76,7 @@ def weight_of(state: State, batch_size: float) -> Tensor:
         batch_size: Samples of the whole batch, as :func:`mean_batch_size` has it.
 
     Returns:
-        Scalar: the micro-batch's share, and the factor of the gradient scaler under ``amp_fp16``.
+        Scalar: the micro-batch's share, times the gradient scaler's factor under ``amp_fp16``.
     """
     share = torch.tensor(first_dimension(state.batch) / batch_size)
     share = state.device.tensor_to_device(share)
@@ -96,15 +97,22 @@ def mean_batch_size(state: State, size: int) -> float:
     return total.item() / dist.get_world_size()
 
 
-def require_separable(model: nn.Module) -> None:
-    """Refuse what two backward passes a step were not shown to be right with.
+def require_separable(model: nn.Module, state: State) -> None:
+    """Refuse FSDP1, under which two backward passes were never run, and a search for micro-batches by ranks.
 
     Args:
         model: The model as it trains, wrapped.
+        state: The Trainer's state.
 
     Raises:
-        ValueError: If FSDP1 has sharded it.
+        ValueError: If FSDP1 has sharded the model; if several ranks look for the micro-batch that fits: they
+            agree on it before the attack, whose memory one of them alone may lack.
     """
+    if state.auto_microbatching and dist.get_world_size() > 1:
+        raise ValueError(
+            "separate_backward=True with device_train_microbatch_size='auto' on several ranks, which could "
+            "not agree on a failure inside of the attack: give the micro-batch as a number"
+        )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             "separate_backward=True under FSDP1, with which it was never run: leave it out, or train with "
@@ -113,26 +121,50 @@ def require_separable(model: nn.Module) -> None:
 
 
 class HeldBack:
-    """Keeps DDP from exchanging gradients after the first of two backward passes."""
+    """Keeps DDP from preparing an exchange of gradients in one forward: its backward is not the last."""
 
     def __init__(self) -> None:
-        self._held: tuple[DistributedDataParallel, bool] | None = None
+        self._hooks: list[RemovableHandle] = []
 
     def hold(self, model: nn.Module) -> None:
-        """Before the clean forward: its backward shall exchange nothing."""
-        self.release()
-        if isinstance(model, DistributedDataParallel):
-            self._held = model, model.require_backward_grad_sync
-            model.require_backward_grad_sync = False
+        """Before the clean forward; what the Trainer has decided holds again when that ends or fails."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if not isinstance(model, DistributedDataParallel):
+            return
+        decided, waiting = model.require_backward_grad_sync, True
 
-    def release(self) -> None:
-        """What the Trainer had decided holds for the passes that come next."""
-        if self._held is not None:
-            model, exchanges = self._held
-            model.require_backward_grad_sync, self._held = exchanges, None
+        def enter(module: nn.Module, args: Any) -> None:
+            if waiting:
+                module.require_backward_grad_sync = False  # type: ignore[assignment]
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal waiting
+            if waiting:  # the adversarial pass comes here, too
+                module.require_backward_grad_sync, waiting = decided, False  # type: ignore[assignment]
+
+        self._hooks = [
+            model.register_forward_pre_hook(enter),
+            model.register_forward_hook(leave, always_call=True),
+        ]
 
 
-def untouched(model: nn.Module) -> Tensor | float:
-    """Zero, with a zero gradient for what only the clean pass uses: DDP waits for every parameter."""
-    clean = [ours for adapter in adapters_of(model) for ours, _ in adapter.twins() if ours.requires_grad]
-    return 0.0 * torch.stack([parameter.sum() for parameter in clean]).sum() if clean else 0.0
+def touching(total: Tensor, model: nn.Module) -> Tensor:
+    """A loss whose backward reaches every trained parameter, with zero where it did not.
+
+    DDP waits for all of them, and the second backward leaves out what only the clean pass uses.
+    """
+    return _Touch.apply(total, *(parameter for parameter in model.parameters() if parameter.requires_grad))
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+        return total.clone()  # the Trainer changes it in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        zeros = (torch.zeros((), dtype=t, device=d).expand(shape) for shape, t, d in ctx.like)
+        return gradient, *zeros

@@ -1,8 +1,9 @@
 """One training batch of Algorithm 1: whom to attack, the attack, and the loss of both branches.
 
 It holds what lives between the events of a batch, for a Trainer's loop or any other. The order of calls is
-``start_batch``, then for each micro-batch ``watch``, the clean forward, ``attack``, ``before_loss``, the
-clean loss and ``combine``. With a separate backward the attack waits for the loss: ``attack_separately``.
+``start_batch``, then for each micro-batch ``watch``, the clean forward, ``stop_watching``, ``attack``,
+``before_loss``, the clean loss and ``combine``. With a separate backward ``backward_clean`` and ``attack``
+come after the loss.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from aemim_algorithm.adapters import adversarial_mode, preserved_buffers
-from aemim_algorithm.branch import AdversarialBranch, AdversarialPass
+from aemim_algorithm.branch import AdversarialBranch, AdversarialPass, CleanPass
 from aemim_algorithm.losses import total_loss
 from aemim_algorithm.metrics import AttackMetrics, PixelRangeCheck
 from aemim_algorithm.plan import BatchPlan, Share
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.samples import first_dimension
-from aemim_algorithm.separate_backward import backward_clean, expect_weight, untouched
+from aemim_algorithm.separate_backward import backward_clean, expect_weight, touching
 from aemim_algorithm.sharding import unwrapped
 
 __all__ = ["Strength", "TrainingStep"]
@@ -60,7 +61,11 @@ class TrainingStep:
         self.metrics = AttackMetrics()
         self.range = PixelRangeCheck(mean, std)
         self._plan: BatchPlan | None = None
-        self._expected: float | Tensor | None = None  # weight that the clean part had in its own backward
+        self._strength = Strength(0.0, 1.0, 1.0)
+        self._before_loss = RngState.capture()
+        self._share: Share | None = None
+        self._clean: CleanPass
+        self._weight_of_clean: float | Tensor | None = None  # in a backward of its own
 
     def start_batch(self, batch: Any, strength: Strength, *, number: int, seed: int) -> None:
         """Choose the samples of this rank's batch that will be attacked, and how.
@@ -87,57 +92,61 @@ class TrainingStep:
         """The clean forward of a micro-batch comes next."""
         self.branch.start()
 
-    def attack(
-        self, model: nn.Module, batch: Any, outputs: Any, precision: PrecisionContext = nullcontext
-    ) -> None:
-        """Attack the chosen samples of the micro-batch that was watched; the result waits for the loss.
+    def stop_watching(self, model: nn.Module, batch: Any, outputs: Any) -> None:
+        """The clean forward has ended: choose whom to attack.
 
         Args:
             model: The model, with DDP's wrapper or without.
             batch: The micro-batch.
             outputs: What the clean forward returned.
-            precision: Makes the precision context of the passes.
         """
-        share = self._take_share(batch)
-        if share is not None:
-            self._attack(unwrapped(model), batch, outputs, share, precision)
+        assert self._plan is not None, "start_batch comes first"
+        self._share = self._plan.take(self.branch.tap.batch_size or first_dimension(batch))
+        self.result, self._weight_of_clean = None, None
+        if self._share is None:
+            self.branch.cancel()
+        else:
+            self._clean = self.branch.stop(unwrapped(model), outputs)
 
-    def attack_separately(
-        self,
-        model: nn.Module,
-        batch: Any,
-        outputs: Any,
-        loss: Any,
-        *,
-        weight: float | Tensor,
-        release: Callable[[], None] = lambda: None,
-        precision: PrecisionContext = nullcontext,
-    ) -> Any:
-        """Run the clean branch's backward, then attack.
+    def backward_clean(self, loss: Any, weight: float | Tensor) -> Any:
+        """Run the clean branch's backward before the attack; not where nothing is attacked.
 
         Args:
-            model: The model, with DDP's wrapper or without.
-            batch: The micro-batch.
-            outputs: What the clean forward returned.
-            loss: What the model's loss returned for them.
+            loss: What the model's loss returned for the clean outputs.
             weight: What the step's loss will be multiplied by.
-            release: Called between the two backward passes.
-            precision: Makes the precision context of the passes.
 
         Returns:
-            The loss, without its graph where that has been used.
+            The loss, without its graph where that was used.
         """
-        share = self._take_share(batch)
-        if share is None:
-            release()
+        if self._share is None:
             return loss
-        self._expected = weight
-        loss = backward_clean(loss, self._strength.loss_ratio * weight)
-        release()
-        # Through DDP's wrapper, which readies its exchange of gradients for this pass.
-        through = model if isinstance(model, DistributedDataParallel) else None
-        self._attack(unwrapped(model), batch, outputs, share, precision, through)
-        return loss
+        self._weight_of_clean = weight
+        return backward_clean(loss, self._strength.loss_ratio * weight)
+
+    def attack(self, model: nn.Module, batch: Any, precision: PrecisionContext = nullcontext) -> None:
+        """Attack the chosen samples of the micro-batch; the result waits for the loss.
+
+        Args:
+            model: The model, with DDP's wrapper or without.
+            batch: The micro-batch.
+            precision: Makes the precision context of the passes.
+        """
+        if self._share is None:
+            return
+        # A second backward is exchanged if the wrapper was called for it.
+        wrapped = self._weight_of_clean is not None and isinstance(model, DistributedDataParallel)
+        self.result = self.branch.finish(
+            unwrapped(model),
+            batch,
+            self._clean,
+            epsilon=self._strength.epsilon,
+            noise=self._share.noise,
+            index=self._share.index,
+            precision=precision,
+            through=model if wrapped else None,
+        )
+        self.metrics.update(self.result, counted=self._share.weight > 0)
+        self.range.update(self.result.clean_images)
 
     def before_loss(self) -> None:
         """The clean loss comes next: what it draws, the adversarial one shall draw, too."""
@@ -157,51 +166,20 @@ class TrainingStep:
         adversarial = self._adversarial_loss(unwrapped(model), like=clean)
         ratio = self._strength.loss_ratio
         total = ratio * clean + (1 - ratio) * adversarial
-        if self._expected is not None:
-            if isinstance(model, DistributedDataParallel):
-                total = total + untouched(model)
-            expect_weight(total, self._expected)
+        if self._weight_of_clean is not None:
+            if isinstance(model, DistributedDataParallel) or not total.requires_grad:
+                total = touching(total, model)
+            expect_weight(total, self._weight_of_clean)
         named = {name: part.detach() for name, part in loss.items()} if isinstance(loss, Mapping) else {}
         return named | {"total": total, "clean": clean.detach(), "adversarial": adversarial.detach()}
 
-    def _take_share(self, batch: Any) -> Share | None:
-        assert self._plan is not None, "start_batch comes first"
-        share = self._plan.take(self.branch.tap.batch_size or first_dimension(batch))
-        self.result, self._expected = None, None
-        if share is None:
-            self.branch.cancel()
-        return share
-
-    def _attack(
-        self,
-        model: Any,
-        batch: Any,
-        outputs: Any,
-        share: Share,
-        precision: PrecisionContext,
-        through: nn.Module | None = None,
-    ) -> None:
-        self._weight = share.weight
-        self.result = self.branch.finish(
-            model,
-            batch,
-            outputs,
-            epsilon=self._strength.epsilon,
-            noise=share.noise,
-            index=share.index,
-            precision=precision,
-            through=through,
-        )
-        self.metrics.update(self.result, counted=share.weight > 0)
-        self.range.update(self.result.clean_images)
-
     def _adversarial_loss(self, model: Any, like: Tensor) -> Tensor:
         result, self.result = self.result, None
-        if result is None:
+        if result is None or self._share is None:
             return like.new_zeros(())
         after = RngState.capture()
         self._before_loss.restore()
         with adversarial_mode(model), preserved_buffers(model, clean_only=True):
-            loss = self._weight * total_loss(model.loss(result.outputs, result.batch))
+            loss = self._share.weight * total_loss(model.loss(result.outputs, result.batch))
         after.restore()
         return loss

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from composer.models import ComposerModel
 from conftest import fit, loader, normalised_images, perturb, recorded_passes, tiny_mae
 from settings import SETTINGS, Setting
 from test_recomputation import wrap_blocks
@@ -185,3 +186,40 @@ def test_a_layer_that_is_not_called_is_named() -> None:
     aemim = attached(model, attack_layer="encoder.spare")
     with pytest.raises(ValueError, match=r"attack_layer='encoder.spare' returned no floating-point tensor"):
         aemim.training_loss(model, normalised_images(8), step=0)
+
+
+class Overwriting(ComposerModel):
+    """Activations inside of the encoder and after it may overwrite what they are given."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(inplace), nn.GroupNorm(2, 8)
+        )
+        self.act, self.head = nn.ReLU(inplace), nn.Conv2d(8, 3, 1)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.head(self.act(self.encoder(batch)))
+
+    def loss(self, outputs: Tensor, batch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return (outputs - batch).square().mean()
+
+
+@pytest.mark.parametrize("layer", [None, "encoder.1"])
+def test_what_overwrites_features_in_place_changes_nothing(layer: str | None) -> None:
+    results = []
+    for inplace in (False, True):
+        model = Overwriting(inplace)
+        aemim = AEMIM(attack_layer=layer)
+        aemim.attach(model)
+        results.append(aemim.attack(model, normalised_images(8), step=0)[1])
+    assert torch.equal(results[0].images, results[1].images)
+    assert torch.equal(results[0].distances[0], results[1].distances[0])
+
+
+def test_a_checkpoint_from_before_the_argument_warns_of_it() -> None:
+    state = {"repr": "AEMIM(epsilon=2.0, steps=2)"}
+    with pytest.warns(UserWarning, match="attack_layer=None, now 'encoder.blocks.0'"):
+        AEMIM(attack_layer=LAYER).load_state_dict(state)
+    AEMIM().load_state_dict(state)

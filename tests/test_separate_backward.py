@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from typing import Any
 
@@ -171,3 +172,58 @@ def test_it_is_an_argument_like_the_others() -> None:
     assert copy.deepcopy(aemim) == aemim != AEMIM()
     with pytest.raises(ValueError, match="separate_backward=1: expected True or False"):
         AEMIM(separate_backward=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("trained", ["adversarial", "norm"])
+def test_a_model_of_which_one_branchs_adapters_alone_are_trained(trained: str) -> None:
+    """Each backward but one has nothing to reach then."""
+    states = []
+    for separate in (False, True):
+        model, aemim = tiny_mae(), AEMIM(separate_backward=separate)
+        aemim.attach(model)
+        perturb(model)
+        for name, parameter in model.named_parameters():
+            is_copy = "adversarial" in name
+            parameter.requires_grad = is_copy if trained == "adversarial" else "norm" in name and not is_copy
+        aemim.training_loss(model, normalised_images(8), step=0)["total"].backward()
+        states.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert all(value is not None for value in states[0].values())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_without_gradients_it_is_a_loss_like_any_other() -> None:
+    losses = []
+    for separate in (False, True):
+        model, aemim = tiny_mae(), AEMIM(separate_backward=separate)
+        aemim.attach(model)
+        with torch.no_grad():
+            losses.append(aemim.training_loss(model, normalised_images(8), step=0)["total"])
+    assert losses[0].equal(losses[1])
+
+
+class Meddling(MAE):
+    """Its loss takes the mask out of the outputs, and runs the encoder once more."""
+
+    def loss(self, outputs: dict[str, Tensor], batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        mask = outputs.pop("mask")
+        with torch.no_grad():
+            self.encoder(batch[0])
+        return super().loss(outputs | {"mask": mask}, batch)
+
+
+def test_what_a_loss_does_with_outputs_and_encoder_is_its_own_business() -> None:
+    states = [
+        fitted(
+            tiny_mae(kind=Meddling), loader(8), AEMIM(adversarial_ratio=0.5, separate_backward=separate), 8
+        )
+        for separate in (False, True)
+    ]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_resuming_with_the_other_order_needs_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AEMIM().load_state_dict({"repr": repr(AEMIM(separate_backward=True))})

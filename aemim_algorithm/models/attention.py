@@ -59,11 +59,17 @@ class Attention(TimmAttention):
             and not (self.training and self.attn_drop.p > 0)
         )
 
+    @property
+    def _has_stock_projection(self) -> bool:
+        """Whether queries can be had by themselves: no low-rank weights, no hook on the whole."""
+        return type(self.qkv) is nn.Linear and not (self.qkv._forward_hooks or self.qkv._forward_pre_hooks)
+
     def _project(self, x: Tensor, last: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each of shape (batch, heads, tokens, values of a head)."""
         heads = (self.num_heads, self.head_dim)
-        if last is None:
-            return self.qkv(x).unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        if last is None or not self._has_stock_projection:
+            queries, keys, values = self.qkv(x).unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+            return queries if last is None else queries[:, :, -last:], keys, values
         sizes = [self.num_heads * self.head_dim, 2 * self.num_heads * self.head_dim]
         weights = self.qkv.weight.split(sizes)
         biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(sizes)

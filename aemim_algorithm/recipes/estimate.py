@@ -117,7 +117,11 @@ def step_flops(model: ComposerModel, batch: Any, algorithm: AEMIM | None = None)
     layer = None
     if algorithm.attack_layer is not None:
         layer = EarlyExit(model, algorithm.attack_layer, encoder)
-    attack = algorithm.steps * attack_flops(model, batch, encoder, layer)
+    try:
+        attack = algorithm.steps * attack_flops(model, batch, encoder, layer)
+    finally:
+        if layer is not None:
+            layer.remove()
     return clean + algorithm.present("adversarial_ratio") * (attack + clean)
 
 

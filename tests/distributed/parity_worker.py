@@ -60,6 +60,7 @@ class Case:
         compiled: Whether Composer compiles the model.
         seeded: Whether masks are drawn from the seeds of the samples, and not given.
         separate: Whether the clean backward runs before the attack; one process is the reference without.
+        strategy: When DDP exchanges gradients, as Composer names it.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Case:
     compiled: bool = False
     seeded: bool = False
     separate: bool = False
+    strategy: str | None = None
 
     @property
     def reference(self) -> str:
@@ -98,6 +100,8 @@ CASES = [
     Case(SWIN, steps=2, ratio=0.25, micro_batches=2, checkpointing=True, separate=True),
     Case(HF_SWIN, steps=2, ratio=0.125, micro_batches=2, separate=True),
     Case(MAE, steps=2, ratio=0.25, compiled=True, separate=True),
+    Case(MAE, micro_batches=2, separate=True, strategy="multi_auto_sync"),
+    Case(MAE, micro_batches=2, separate=True, strategy="forced_sync"),
 ]
 
 HYBRID_CASES = [
@@ -171,6 +175,7 @@ def run(case: Case, kind: str) -> dict[str, Tensor]:
         seed=7,
         device_train_microbatch_size=BATCH_SIZE // dist.get_world_size() // case.micro_batches,
         parallelism_config=parallelism(kind, by_composer),
+        ddp_sync_strategy=case.strategy if kind == "ddp" else None,
         compile_config={"backend": "aot_eager"} if case.compiled else None,
         progress_bar=False,
     )
@@ -290,6 +295,8 @@ def main(folder: Path) -> None:
     kinds = {1: ("one",), 2: ("ddp", "fsdp2"), 4: ("hybrid",)}[world]
     for kind in kinds:
         for number in HYBRID_CASES if kind == "hybrid" else range(len(CASES)):
+            if kind == "fsdp2" and CASES[number].strategy:
+                continue  # those are DDP's
             with noted(folder, f"{kind}, {CASES[number]}"):
                 state = run(CASES[number], kind)
             if dist.get_global_rank() == 0:

@@ -176,3 +176,21 @@ def test_state_dicts_keep_their_names() -> None:
     x = tokens()
     assert torch.equal(ours(x), theirs(x))
     assert torch.equal(copy.deepcopy(ours)(x), theirs(x))
+
+
+def test_a_projection_with_weights_of_its_own_is_called() -> None:
+    """As low-rank adapters and Composer's Factorize put in its place, whose `weight` is not all."""
+
+    class Shifted(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1.0
+
+    block = TailBlock(16, 2, qkv_bias=True).double()
+    block.attn.qkv = Shifted(16, 48).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    torch.testing.assert_close(block(x, last=3), block(x)[:, -3:], rtol=1e-12, atol=1e-12)
+    called: list[Tensor] = []
+    block.attn.qkv = nn.Linear(16, 48).double()
+    block.attn.qkv.register_forward_hook(lambda *given: called.append(given[-1]))
+    block(x, last=3)
+    assert len(called) == 1
