@@ -64,7 +64,7 @@ class TrainingStep:
         self._strength = Strength(0.0, 1.0, 1.0)
         self._before_loss = RngState.capture()
         self._share: Share | None = None
-        self._clean: CleanPass
+        self._clean: CleanPass | None = None
         self._weight_of_clean: float | Tensor | None = None  # in a backward of its own
 
     def start_batch(self, batch: Any, strength: Strength, *, number: int, seed: int) -> None:
@@ -86,7 +86,7 @@ class TrainingStep:
         assert self._plan is not None, "start_batch comes first"
         self.branch.cancel()
         self._plan.rewind()
-        self.metrics, self.result = AttackMetrics(), None
+        self.metrics, self.result, self._clean = AttackMetrics(), None, None
 
     def watch(self) -> None:
         """The clean forward of a micro-batch comes next."""
@@ -131,14 +131,15 @@ class TrainingStep:
             batch: The micro-batch.
             precision: Makes the precision context of the passes.
         """
-        if self._share is None:
+        clean, self._clean = self._clean, None  # its features need not live through the backward
+        if self._share is None or clean is None:
             return
         # A second backward is exchanged if the wrapper was called for it.
         wrapped = self._weight_of_clean is not None and isinstance(model, DistributedDataParallel)
         self.result = self.branch.finish(
             unwrapped(model),
             batch,
-            self._clean,
+            clean,
             epsilon=self._strength.epsilon,
             noise=self._share.noise,
             index=self._share.index,
