@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import multiprocessing
 import os
 import statistics
 import sys
@@ -57,8 +56,6 @@ def known_recipes() -> list[str]:
 
 def turn(path: Path, overrides: Sequence[str], batches: int, device: str) -> Step:
     """What one method does in its turn: train on some batches, from the first of an epoch."""
-    # A daemon, as `turns.py` starts it, could have no loader processes.
-    multiprocessing.current_process().daemon = False
     recipe, clock = load_recipe(path, overrides), BatchClock(batches, device)
     with redirect_stderr(io.StringIO()):  # the Trainer logs its progress
         trainer = trainer_of(recipe, clock)

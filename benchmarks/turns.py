@@ -116,7 +116,8 @@ def _workers(contenders: Mapping[str, Make], device: str, threads: int) -> Itera
     try:
         for name, make in contenders.items():
             connections[name], theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, make, device, threads), daemon=True)
+            # No daemon: those may have no processes of their own, such as a loader's.
+            process = context.Process(target=_serve, args=(theirs, make, device, threads))
             process.start()
             theirs.close()  # so that a worker that dies ends our recv with an error
             processes.append(process)
