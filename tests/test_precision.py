@@ -49,7 +49,9 @@ def test_half_precision_attacks_as_float32_does(
     mask = result.outputs["mask"]
     visible = ~mask.view(8, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand_as(half)
     agreement = (half[visible].sign() == exact[visible].sign()).float().mean()
-    assert agreement > (0.97 if dtype == torch.float16 else 0.85)
+    # Of KL in bfloat16 this seed has 0.895; over 24 seeds both ways of attention have 0.901 on average.
+    bfloat16 = 0.85 if adversarial_loss == "kl" else 0.9
+    assert agreement > (0.97 if dtype == torch.float16 else bfloat16)
     assert (half[visible] != 0).all()
     if adversarial_loss == "l2":
         noise, after = result.distances
