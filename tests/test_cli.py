@@ -148,7 +148,7 @@ def test_a_source_that_has_changed_is_not_trained_on_as_it_was(
         ("parallelism.ddp=null", "known: fsdp, fsdp2"),
         ("parallelism.fsdp2.reshard=true", "did you mean 'reshard_after_forward'?"),
         ("parallelism.fsdp2.load_monolith_rank0_only=true", "leave it out"),
-        ("precision=amp_bf16", "precision=amp_bf16: expected fp32"),
+        ("precision=amp_fp16", "precision=amp_fp16: expected fp32 or amp_bf16"),
     ],
 )
 def test_a_wrong_recipe_is_one_line_and_code_2(

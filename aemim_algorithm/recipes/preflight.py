@@ -218,8 +218,8 @@ def _check_machine(recipe: TrainingRecipe) -> None:
         )
     if on_gpu(recipe):
         return
-    if recipe.precision not in (None, "fp32"):
-        raise RecipeError(f"precision={recipe.precision}: expected fp32, as there is no GPU")
+    if recipe.precision == "amp_fp16":
+        raise RecipeError("precision=amp_fp16: expected fp32 or amp_bf16, as there is no GPU")
     if recipe.parallelism and world > 1:
         raise RecipeError(
             f"parallelism.{next(iter(recipe.parallelism))}: expected null, which is DDP, as there is no GPU: "

@@ -73,7 +73,7 @@ def pretrain(recipe: Recipe) -> Outputs:
         training_labels(train_folder, test_folder)  # refuses other classes now, not after training
     trainer = build_trainer(recipe, parts, train_folder)
     with running(recipe, trainer) as folder:
-        fit(trainer)
+        fit(trainer, recipe)
         state = full_state(trainer.state.model)
     # The last barrier is behind: nobody waits for the first process, whatever it takes.
     encoder, scores = folder / "encoder.pt", Scores()

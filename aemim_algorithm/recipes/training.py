@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer import Trainer
 from composer.core import Callback, DataSpec, Evaluator, Time
 from composer.models import ComposerModel
@@ -28,7 +29,7 @@ from aemim_algorithm.callbacks.history import History
 from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
 from aemim_algorithm.data.streaming import train_data
 from aemim_algorithm.recipes.datasets import is_remote, test_shards, train_shards
-from aemim_algorithm.recipes.preflight import precision_of
+from aemim_algorithm.recipes.preflight import on_gpu, precision_of
 from aemim_algorithm.recipes.registry import Parts
 from aemim_algorithm.recipes.resuming import resume_point
 from aemim_algorithm.recipes.schema import TrainingRecipe, save_recipe
@@ -155,7 +156,7 @@ def make_trainer(
         run_name=recipe.run_name,
         seed=recipe.seed,
         device=recipe.device,
-        precision=precision_of(recipe),
+        precision=precision_of(recipe) if on_gpu(recipe) else "fp32",
         device_train_microbatch_size=microbatch_of(recipe),
         parallelism_config=parts.parallelism,
         compile_config={} if recipe.compile else None,
@@ -188,12 +189,23 @@ def running(recipe: TrainingRecipe, trainer: Trainer) -> Iterator[Path]:
     trainer.close()
 
 
-def fit(trainer: Trainer) -> None:
+def fit(trainer: Trainer, recipe: TrainingRecipe) -> None:
     """Train to the end; a finished run that is started again has nothing left to train."""
     state = trainer.state
     # Composer calls that an error.
     if state.max_duration is not None and state.timestamp < state.max_duration:
-        trainer.fit()
+        with _autocast_on_cpu(recipe):
+            trainer.fit()
+
+
+def _autocast_on_cpu(recipe: TrainingRecipe) -> AbstractContextManager[Any]:
+    """Composer knows no autocast of the CPU, so it is around all of training.
+
+    The backward pass is inside, where it changes nothing: its products have the operands of the forward's.
+    """
+    if on_gpu(recipe) or precision_of(recipe) != "amp_bf16":
+        return nullcontext()
+    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def full_state(model: nn.Module) -> dict[str, Any]:

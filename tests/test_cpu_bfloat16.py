@@ -1,0 +1,77 @@
+"""bfloat16 autocast on a CPU, which Composer does not offer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import recipe_in, write_images
+
+from aemim_algorithm import AEMIM
+from aemim_algorithm.callbacks.history import read_history
+from aemim_algorithm.losses import total_loss
+from aemim_algorithm.recipes.datasets import train_shards
+from aemim_algorithm.recipes.preflight import prepare
+from aemim_algorithm.recipes.pretrain import build_trainer, pretrain
+from aemim_algorithm.recipes.training import fit
+
+BF16 = "precision=amp_bf16"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "train", per_class=12)
+    return folder
+
+
+@pytest.mark.parametrize("adversarial", [True, False], ids=["aemim", "mae"])
+def test_a_step_is_the_one_with_only_the_forward_in_autocast(
+    tmp_path: Path, images: Path, adversarial: bool
+) -> None:
+    """An independent step: forward passes in autocast, backward and optimizer outside."""
+    recipe = recipe_in(tmp_path, images, BF16, "max_duration=1ba", "schedule.warmup=0ba")
+    recipe.algorithms = {"aemim": {"steps": 1}} if adversarial else {}
+    trainer = build_trainer(recipe, prepare(recipe), train_shards(recipe.data))
+    model, (optimizer,) = trainer.state.model, trainer.state.optimizers
+    before = copy.deepcopy(model.state_dict())
+    seen = []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    fit(trainer, recipe)
+    trainer.close()
+    trained = copy.deepcopy(model.state_dict())
+
+    model.load_state_dict(before)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({**state, "state": {}})
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if adversarial:
+            algorithm = AEMIM(steps=1, mean=recipe.data.mean, std=recipe.data.std)
+            algorithm.attach(model, optimizer)
+            loss = algorithm.training_loss(model, seen[0], step=0, seed=recipe.seed)["total"]
+        else:
+            loss = total_loss(model.loss(model(seen[0]), seen[0]))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    assert any(not torch.equal(before[name], trained[name]) for name in before)
+
+
+def test_it_is_another_arithmetic_and_the_weights_stay_float32(tmp_path: Path, images: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "amp_bf16"):
+        (tmp_path / precision).mkdir()
+        recipe = recipe_in(tmp_path / precision, images, f"precision={precision}")
+        outputs = pretrain(recipe)
+        losses[precision] = [line["loss/train/total"] for line in read_history(tmp_path / precision / "run")]
+        weights = torch.load(outputs.encoder, weights_only=True)
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert losses["amp_bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["amp_bf16"] != losses["fp32"]
