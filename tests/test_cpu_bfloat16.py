@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
 from small_runs import recipe_in, write_images
 
 from aemim_algorithm import AEMIM
@@ -20,6 +22,16 @@ from aemim_algorithm.recipes.training import fit
 BF16 = "precision=amp_bf16"
 
 
+class Rates(Callback):
+    """Notes the learning rate of each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.seen.append(state.optimizers[0].param_groups[0]["lr"])
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
@@ -28,36 +40,39 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("adversarial", [True, False], ids=["aemim", "mae"])
-def test_a_step_is_the_one_with_only_the_forward_in_autocast(
+def test_steps_are_those_with_only_the_forward_in_autocast(
     tmp_path: Path, images: Path, adversarial: bool
 ) -> None:
-    """An independent step: forward passes in autocast, backward and optimizer outside."""
-    recipe = recipe_in(tmp_path, images, BF16, "max_duration=1ba", "schedule.warmup=0ba")
+    """Independent steps: forward passes in autocast, backward and optimizer outside."""
+    recipe = recipe_in(tmp_path, images, BF16, "max_duration=3ba", "schedule.warmup=0ba")
     recipe.algorithms = {"aemim": {"steps": 1}} if adversarial else {}
     trainer = build_trainer(recipe, prepare(recipe), train_shards(recipe.data))
     model, (optimizer,) = trainer.state.model, trainer.state.optimizers
+    rates, batches = Rates(), []
+    trainer.state.callbacks.append(rates)
     before = copy.deepcopy(model.state_dict())
-    seen = []
-    model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.register_forward_pre_hook(lambda _, arguments: batches.append(arguments[0]))
     fit(trainer, recipe)
     trainer.close()
     trained = copy.deepcopy(model.state_dict())
 
     model.load_state_dict(before)
-    state = optimizer.state_dict()
-    optimizer.load_state_dict({**state, "state": {}})
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        if adversarial:
-            algorithm = AEMIM(steps=1, mean=recipe.data.mean, std=recipe.data.std)
-            algorithm.attach(model, optimizer)
-            loss = algorithm.training_loss(model, seen[0], step=0, seed=recipe.seed)["total"]
-        else:
-            loss = total_loss(model.loss(model(seen[0]), seen[0]))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+    algorithm = AEMIM(steps=1, mean=recipe.data.mean, std=recipe.data.std)
+    if adversarial:
+        algorithm.attach(model, optimizer)
+    for step, (batch, rate) in enumerate(zip(batches[:: 2 if adversarial else 1], rates.seen, strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # With a cache, the gradients of both branches would be summed in bfloat16.
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=not adversarial):
+            if adversarial:
+                loss = algorithm.training_loss(model, batch, step=step, seed=recipe.seed)["total"]
+            else:
+                loss = total_loss(model.loss(model(batch), batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[name]), name

@@ -202,10 +202,11 @@ def _autocast_on_cpu(recipe: TrainingRecipe) -> AbstractContextManager[Any]:
     """Composer knows no autocast of the CPU, so it is around all of training.
 
     The backward pass is inside, where it changes nothing: its products have the operands of the forward's.
+    There is no cache of the weights in bfloat16: it would end with the context, and not with a step.
     """
     if on_gpu(recipe) or precision_of(recipe) != "amp_bf16":
         return nullcontext()
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
 
 
 def full_state(model: nn.Module) -> dict[str, Any]:
