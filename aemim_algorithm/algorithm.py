@@ -80,12 +80,15 @@ class AEMIM(Algorithm):
 
     Args:
         epsilon: L-infinity budget ε of the attack, in 1/255 of the pixel range, in [0, 255].
-        steps: Attack steps T, at least 1.
+        steps: Attack steps T. 0 for no attack, but uniform noise in the ball, which is what an attack starts
+            from: the control that tells whether the attack matters.
         step_size: Length μ of an attack step, in 1/255, positive; ``None`` is ``1.25 * epsilon / steps``.
+            Without steps it is not used.
         adversarial_ratio: Share α of a batch that gets an adversarial twin, in (0, 1].
         loss_ratio: Weight λ of the clean loss, in [0, 1]; the adversarial one has 1 − λ.
         adversarial_loss: What the attack maximises: the ``"l2"`` or ``"kl"`` distance of the encoder's
-            features (Eq. 7), or the ``"reconstruction"`` loss.
+            features (Eq. 7), or the ``"reconstruction"`` loss. Without steps it only names the distance that
+            is logged.
         adapter: What the branches do not share: ``"norm"`` for every normalization layer,
             ``"cls_token"`` for the class token, ``"both"``, ``"none"`` (paper, Table 8c).
         encoder: Dotted path of the module or method that turns images into features; ``None`` looks
@@ -143,7 +146,7 @@ class AEMIM(Algorithm):
 
     def _validate(self, mean: Sequence[float], std: Sequence[float]) -> dict[str, float | Schedule]:
         unit = " (1/255 of the pixel range)"
-        require_integer("steps", self.steps, low=1)
+        require_integer("steps", self.steps, low=0)
         if self.step_size is not None:
             require_number("step_size", self.step_size, low=0, low_open=True, unit=" (1/255)")
         require_choice("adversarial_loss", self.adversarial_loss, [*DISTANCES, "reconstruction"])
@@ -159,6 +162,10 @@ class AEMIM(Algorithm):
         if self.attack_layer is not None and self.adversarial_loss == "reconstruction":
             raise ValueError(
                 "attack_layer with adversarial_loss='reconstruction', which needs the whole model: choose one"
+            )
+        if self.attack_layer is not None and self.steps == 0:
+            raise ValueError(
+                "attack_layer with steps=0, which is noise without an attack: leave one of them out"
             )
         if not isinstance(self.separate_backward, bool):
             raise ValueError(f"separate_backward={self.separate_backward!r}: expected True or False")

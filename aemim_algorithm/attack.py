@@ -41,7 +41,7 @@ def pgd_attack(
         images: Clean images, normalised, shape (batch, channels, height, width) or
             (batch, frames, channels, height, width).
         epsilon: L-infinity budget, in 1/255 of the pixel range.
-        steps: Number of gradient steps T.
+        steps: Number of gradient steps T; 0 leaves the starting noise alone.
         step_size: Length μ of a step, in 1/255; ``None`` is ``1.25 * epsilon / steps`` (Wong et al.
             2020, arXiv 2001.03994, for one step).
         mean: Mean of the normalisation, one value for each channel, in [0, 1] pixels.
@@ -57,9 +57,9 @@ def pgd_attack(
         ValueError: If a number is out of range, or ``mean`` does not fit the channels.
     """
     require_number("epsilon", epsilon, low=0, high=255, unit=" (1/255 of the pixel range)")
-    require_integer("steps", steps, low=1)
+    require_integer("steps", steps, low=0)
     if step_size is None:
-        step_size = 1.25 * epsilon / steps
+        step_size = 1.25 * epsilon / max(steps, 1)
     require_number("step_size", step_size, low=0, unit=" (1/255 of the pixel range)")
 
     clean = at_least_float32(images.detach())

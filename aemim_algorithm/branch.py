@@ -2,7 +2,8 @@
 
 It costs T attack passes (an encoder forward, and a backward to the image only) and one more forward
 and backward, all for the attacked share of the batch. The clean features come from the training
-forward itself, so they cost nothing.
+forward itself, so they cost nothing. Without attack steps (T=0) the images are noised instead, and what is
+left is the forward and backward.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class AdversarialPass:
         outputs: The model's outputs for x_a, with gradient.
         distances: Feature distance for each sample from the start: of noise alone, then after each
             step, T + 1 tensors of shape (samples,); mean over tokens. After the last step only, if the
-            attack's passes end before the encoder's features.
+            attack's passes end before the encoder's features. None if there is no attack, and only one
+            more clean pass could give these samples' features.
         perturbation: L-infinity distance of each sample, in 1/255, shape (samples,).
     """
 
@@ -69,7 +71,7 @@ class AdversarialBranch:
 
     Args:
         tap: Tap on the model's encoder.
-        steps: Attack steps T.
+        steps: Attack steps T; 0 for the starting noise alone.
         step_size: Step μ, in 1/255; ``None`` is ``1.25 * epsilon / steps``.
         adversarial_loss: ``"l2"``, ``"kl"`` or ``"reconstruction"``.
         mean: Mean of the images' normalisation.
@@ -147,27 +149,34 @@ class AdversarialBranch:
         call, mask = clean.call, clean.mask
         try:
             with precision():
+                comparable = index is None or self._can_be_cut(clean)
                 if index is not None:
                     size = call.images.shape[0]
                     batch, mask = take_samples((batch, mask), index, size)
-                    call = self._sub_call(call, model, batch, mask, index)
-                step = _Step(model, batch, mask, call)
+                    if comparable or not self._attack["steps"]:
+                        call = call.take(index)
+                    else:
+                        call, comparable = self._run_again(model, batch, mask), True
+                step = _Step(model, batch, mask, call, comparable)
                 return self._attack_and_forward(step, epsilon, noise, through or model)
         finally:
             after.restore()
 
-    def _sub_call(
-        self, call: EncoderCall, model: ComposerModel, batch: Any, mask: _Mask, index: Tensor
-    ) -> EncoderCall:
-        """The encoder's clean call for some samples; run again if it can't be cut from the whole."""
-        assert self._before is not None
-        repeatable = call.deterministic and (mask or call.rng == self._before)
+    def _can_be_cut(self, clean: CleanPass) -> bool:
+        """Whether some samples' features are those of a pass over these samples alone."""
+        call = clean.call
+        repeatable = call.deterministic and (bool(clean.mask) or call.rng == self._before)
         # A layer may hold the batch in another dimension, or windows in its place.
         cuttable = call.reference.shape[0] == call.images.shape[0]
-        if repeatable and cuttable and not self.tap.sees_the_batch():
-            return call.take(index)
-        # The random numbers and the statistics of a smaller batch are others: the attack needs a
-        # reference under them.
+        return repeatable and cuttable and not self.tap.sees_the_batch()
+
+    def _run_again(self, model: ComposerModel, batch: Any, mask: _Mask) -> EncoderCall:
+        """The encoder's clean call for some samples, if it can't be cut from the whole.
+
+        The random numbers and the statistics of a smaller batch are others: the attack needs a reference
+        under them.
+        """
+        assert self._before is not None
         self._before.restore()
         self.tap.start()
         with torch.no_grad(), preserved_buffers(model):
@@ -195,7 +204,8 @@ class AdversarialBranch:
                 )
             with record_function("aemim/adversarial_forward"), preserved_buffers(step.model, clean_only=True):
                 outputs, features = self._forward(step, images, forward)
-        distances.append(self._feature_distance(step, features))
+        if step.comparable:
+            distances.append(self._feature_distance(step, features))
         perturbation = linf_distance(images, clean_images, self._attack["std"])
         return AdversarialPass(images, clean_images, step.batch, outputs, tuple(distances), perturbation)
 
@@ -231,12 +241,13 @@ _Mask = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _Step:
-    """What the passes of one step share."""
+    """What the passes of one step share; the call's features are ``comparable`` if they are of its batch."""
 
     model: ComposerModel
     batch: Any
     mask: _Mask
     call: EncoderCall
+    comparable: bool
 
 
 def _explicit_mask(model: ComposerModel, outputs: Any) -> _Mask:

@@ -71,14 +71,17 @@ def data(
         int | None, typer.Option(min=1, help="short side in pixels; default: files as they are")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="threads; default: one per core")] = None,
+    per_class: Annotated[
+        int | None, typer.Option(min=1, help="the first images of each class, by name; default: all")
+    ] = None,
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="go on without the files that are no images")
     ] = False,
 ) -> None:
     """Turn images into MDS shards for streaming."""
     if source == "photos":
-        if (resize, workers, skip_broken) != (None, None, False):
-            raise typer.BadParameter("photos takes no --resize, --workers or --skip-broken")
+        if (resize, workers, per_class, skip_broken) != (None, None, None, False):
+            raise typer.BadParameter("photos takes no --resize, --workers, --per-class or --skip-broken")
         from aemim_algorithm.data.photos import write_photos
 
         train, test = write_photos(out)
@@ -86,7 +89,9 @@ def data(
     else:
         from aemim_algorithm.data.convert import convert, report_path
 
-        done = convert(source, out, resize=resize, workers=workers, skip_broken=skip_broken)
+        done = convert(
+            source, out, resize=resize, workers=workers, per_class=per_class, skip_broken=skip_broken
+        )
         print(f"wrote {out}: {done.samples} images of {len(done.classes)} classes")
         if done.broken:
             print(f"left out {len(done.broken)} files that are not images, named in {report_path(out)}")

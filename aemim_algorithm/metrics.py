@@ -25,7 +25,8 @@ class AttackMetrics:
 
     def update(self, result: AdversarialPass, *, counted: bool = True) -> None:
         """Add the samples of one adversarial pass; none of a pass that only keeps step with other ranks."""
-        steps = result.distances[1:] or result.distances  # without the noise, if it was measured
+        # Of the steps: without the noise, if there were steps. An empty tensor if nothing was measured.
+        steps = result.distances[1:] or result.distances or (result.perturbation[:0],)
         first, last = steps[0], steps[-1]
         self._first_is_known = len(result.distances) > 1
         sums = torch.stack([first.sum(), last.sum(), first.new_tensor(float(len(first)))])
@@ -42,11 +43,12 @@ class AttackMetrics:
         dist.all_reduce(self._sums, reduce_operation="SUM")
         dist.all_reduce(self._largest, reduce_operation="MAX")
         first, last, count = self._sums.tolist()
-        after_first = {"aemim/feature_distance/first_step": first / count} if self._first_is_known else {}
-        return after_first | {
-            "aemim/feature_distance/last_step": last / count,
-            "aemim/perturbation_linf": self._largest.item(),
-        }
+        metrics = {"aemim/perturbation_linf": self._largest.item()}
+        if count:
+            metrics["aemim/feature_distance/last_step"] = last / count
+        if self._first_is_known:
+            metrics["aemim/feature_distance/first_step"] = first / count
+        return metrics
 
 
 class PixelRangeCheck:

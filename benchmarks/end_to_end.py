@@ -29,7 +29,7 @@ from record import environment, write_json
 from training import PLAIN
 from turns import Step, measure, ratios, spread
 
-from aemim_algorithm.callbacks import AtomicCheckpoints
+from aemim_algorithm.callbacks import AtomicCheckpoints, OnlineProbe
 from aemim_algorithm.data.shards import ConversionError
 from aemim_algorithm.recipes.data_preflight import check_data
 from aemim_algorithm.recipes.datasets import PHOTOS, train_shards
@@ -69,9 +69,10 @@ def turn(path: Path, overrides: Sequence[str], batches: int, device: str) -> Ste
 
 
 def trainer_of(recipe: Recipe, clock: BatchClock) -> Trainer:
-    """The Trainer of a recipe as `aemim pretrain` has it, but it saves no checkpoints."""
+    """The Trainer of a recipe as `aemim pretrain` has it, but it saves no checkpoints and probes nothing."""
     parts = prepare(recipe)
-    parts = replace(parts, callbacks=[*parts.callbacks, clock])
+    callbacks = [callback for callback in parts.callbacks if not isinstance(callback, OnlineProbe)]
+    parts = replace(parts, callbacks=[*callbacks, clock])
     trainer = build_trainer(recipe, parts, train_shards(recipe.data))
     # Real runs save once in thousands of batches.
     trainer.state.callbacks = [

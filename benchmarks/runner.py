@@ -6,12 +6,9 @@ command in progress, which ends with this process.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -21,6 +18,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
+from processes import execute, last_line
 from record import write_json
 
 __all__ = ["FAILED", "REPOSITORY", "Benchmark", "Outcome", "Runner"]
@@ -28,7 +26,6 @@ __all__ = ["FAILED", "REPOSITORY", "Benchmark", "Outcome", "Runner"]
 DONE, FAILED, SKIPPED, NO_TIME = "done", "failed", "skipped", "not enough time"
 PROGRESS = "progress.json"
 PATIENCE = 3  # times what it should take, before it counts as hanging
-GRACE = 10.0  # seconds to clean up in
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -131,7 +128,7 @@ class Runner:
         if code is None:
             note = f"ended after {minutes:.1f} minutes: {PATIENCE} times what it should take"
         elif code:
-            note = _last_line(log) or f"exit code {code}"
+            note = last_line(log) or f"exit code {code}"
         elif _written(benchmark.result) == before:
             note = f"ended without writing {benchmark.result.name}"
         else:
@@ -168,22 +165,14 @@ def _execute(benchmark: Benchmark, log: Path, seconds: float, environment: dict[
     printed.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as errors, (printed if benchmark.prints_result else log).open("ab") as output:
         output.truncate(0)
-        process = subprocess.Popen(
+        code = execute(
             benchmark.command,
-            cwd=REPOSITORY,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            process_group=0,  # so that its workers end with it
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            output=output,
+            errors=errors,
+            folder=REPOSITORY,
+            environment=environment,
+            seconds=seconds,
         )
-        try:
-            code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _end(process)
     if benchmark.prints_result and code == 0:
         os.replace(printed, benchmark.result)
     elif benchmark.prints_result:
@@ -191,29 +180,6 @@ def _execute(benchmark: Benchmark, log: Path, seconds: float, environment: dict[
     return code
 
 
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it dies, in whatever way."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and all that it has started: first as Ctrl-C does, for it to remove its scratch files."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            continue
-
-
 def _written(file: Path) -> int | None:
     """When a file was written last, if ever."""
     return file.stat().st_mtime_ns if file.exists() else None
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip()[:200] if lines else ""

@@ -24,6 +24,7 @@ PLAIN = "plain"
 
 METHODS: dict[str, Callable[[], AEMIM | None]] = {
     PLAIN: lambda: None,
+    "noise": partial(AEMIM, steps=0),
     "AEMIM T=1": partial(AEMIM, steps=1),
     "AEMIM": AEMIM,
     "AEMIM T=3": partial(AEMIM, steps=3),
@@ -31,7 +32,7 @@ METHODS: dict[str, Callable[[], AEMIM | None]] = {
     "AEMIM, early layer": partial(AEMIM, attack_layer="encoder.blocks.2", step_size=4.0),
     "Fast AEMIM": AEMIM.fast,
 }
-"""By name; ``"AEMIM"`` is the standard one, T=2."""
+"""By name; ``"AEMIM"`` is the standard one, T=2, and ``"noise"`` its random start without an attack."""
 
 BARE = {"AEMIM, bare": "AEMIM", "Fast AEMIM, bare": "Fast AEMIM"}
 """Contenders that do the passes of a method by hand (`bare.py`)."""

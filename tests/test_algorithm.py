@@ -446,8 +446,8 @@ def test_images_outside_the_pixel_range_warn_once() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value", "allowed"),
-    [("epsilon", -1.0, r"\[0, 255\]"), ("epsilon", "2", r"\[0, 255\]"), ("steps", 0, "integer >= 1"),
-     ("steps", 2.0, "integer >= 1"), ("step_size", 0.0, r"\(0, inf\)"), ("adversarial_ratio", 0.0, r"\(0, 1\]"),
+    [("epsilon", -1.0, r"\[0, 255\]"), ("epsilon", "2", r"\[0, 255\]"), ("steps", -1, "integer >= 0"),
+     ("steps", 2.0, "integer >= 0"), ("step_size", 0.0, r"\(0, inf\)"), ("adversarial_ratio", 0.0, r"\(0, 1\]"),
      ("adversarial_ratio", 1.5, r"\(0, 1\]"), ("loss_ratio", 1.01, r"\[0, 1\]"), ("loss_ratio", float("nan"), r"\[0, 1\]"),
      ("adversarial_loss", "l1", "'kl', 'l2', 'reconstruction'"), ("adapter", "layer", "'both', 'cls_token', 'none', 'norm'"),
      ("mean", 0.5, "for each channel"), ("std", (1, 1, 0), r"\(0, 1\] for each"), ("mean", (123, 116, 103), r"\[0, 1\] for each"), ("encoder", 3, "dotted path")],

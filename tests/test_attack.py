@@ -123,7 +123,7 @@ def test_videos_have_their_channels_third(images: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("epsilon", -1), ("epsilon", 256), ("epsilon", float("nan")), ("steps", 0), ("steps", 1.5),
+    [("epsilon", -1), ("epsilon", 256), ("epsilon", float("nan")), ("steps", -1), ("steps", 1.5),
      ("step_size", -0.1), ("mean", (0.5,)), ("std", (0.5, 0.0, 0.5)), ("mean", "abc")],
 )  # fmt: skip
 def test_bad_arguments_are_named(images: Tensor, argument: str, value: object) -> None:

@@ -3,8 +3,9 @@
 `aemim report` draws from it. A line of a batch has "batch" (how many are done), "epoch" (whole epochs
 before it), "seconds" of training so far, "learning_rate" (the largest of the parameter groups) and the losses
 and attack measurements that were logged, by their names in Composer. A line of an evaluation has "batch",
-"epoch", "seconds" and "eval", scores by name. Seconds are Composer's clock: it stands still while the run
-evaluates, and goes on from the checkpoint when a run is resumed; writing a checkpoint counts.
+"epoch", "seconds" and "eval", scores by name; so has one of `callbacks.online_probe`. Seconds are Composer's
+clock: it stands still while the run evaluates or probes, and goes on from the checkpoint when a run is
+resumed; writing a checkpoint counts.
 
 Cost: one short write a batch. No line is held back, so a killed process loses none that it has finished.
 """
@@ -30,7 +31,7 @@ Line = dict[str, Any]
 
 _TAIL = 2**16  # bytes at the end of the file in which the lines of the last batch are
 _KEPT = ("loss/train/", "aemim/")
-_EVALUATED, _TRAINED = "metrics/", "metrics/train/"
+_EVALUATED, _TRAINED, _PROBED = "metrics/", "metrics/train/", "metrics/probe/"
 
 
 class History(LoggerDestination):
@@ -52,12 +53,15 @@ class History(LoggerDestination):
         self._rate = 0.0
         self._logged: Line = {}
         self._scores: Line = {}
+        self._probed: Line = {}
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Keep what the next line is to hold; nothing here waits for a device."""
         for name, value in metrics.items():
             if name.startswith(_KEPT):
                 self._logged[name] = value
+            elif name.startswith(_PROBED):
+                self._probed[name.removeprefix(_EVALUATED)] = value
             elif name.startswith(_EVALUATED) and not name.startswith(_TRAINED):
                 self._scores[name.removeprefix(_EVALUATED)] = value
 
@@ -66,6 +70,7 @@ class History(LoggerDestination):
         if self._writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut(self.path, int(state.timestamp.batch))
+        self._write_scores(state, self._probed)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Note the rate of this batch: at its end the schedulers have gone on to the next one's."""
@@ -73,9 +78,14 @@ class History(LoggerDestination):
         self._rate = max(group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Write the batch's line."""
+        """Write the batch's line, then what a probe of its end has found."""
         self._append(state, {"learning_rate": self._rate} | self._logged)
         self._logged = {}
+        self._write_scores(state, self._probed)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Write what a probe of the epoch's end has found, before a checkpoint says that it was reached."""
+        self._write_scores(state, self._probed)
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Forget the scores of another evaluation."""
@@ -83,11 +93,15 @@ class History(LoggerDestination):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Write the scores of an evaluation."""
-        if self._scores:
+        self._write_scores(state, self._scores)
+
+    def _write_scores(self, state: State, scores: Line) -> None:
+        """Write scores in the place of earlier ones of this batch, and forget them."""
+        if scores:
             if self._writes:
-                _forget(self.path, int(state.timestamp.batch), self._scores.keys())
-            self._append(state, {"eval": {name: float(value) for name, value in self._scores.items()}})
-        self._scores = {}
+                _forget(self.path, int(state.timestamp.batch), scores.keys())
+            self._append(state, {"eval": {name: float(value) for name, value in scores.items()}})
+        scores.clear()
 
     def _append(self, state: State, values: Line) -> None:
         if not self._writes:
@@ -136,12 +150,15 @@ def _lines(path: Path) -> Iterator[tuple[Line, int]]:
 
 
 def _cut(path: Path, batch: int) -> None:
-    """Keep the lines up to a batch; what follows the first later one is of a run that went on from before."""
+    """Keep the lines up to a batch; what follows the first later one is of a run that went on from before.
+
+    A run that begins keeps none: one of batch 0 is of a run that is begun again.
+    """
     if not path.is_file():
         return
     keep = 0
     for line, end in _lines(path):
-        if line["batch"] > batch:
+        if line["batch"] > batch or batch == 0:
             break
         keep = end
     os.truncate(path, keep)

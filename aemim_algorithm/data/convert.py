@@ -34,7 +34,7 @@ from aemim_algorithm.data.shards import (
     staged,
     write_shards,
 )
-from aemim_algorithm.data.sources import Source, describe_source, open_source
+from aemim_algorithm.data.sources import Source, describe_source, first_per_class, open_source
 from aemim_algorithm.data.transforms import decode, resize_short_side
 from aemim_algorithm.validation import require_choice, require_integer
 
@@ -58,6 +58,7 @@ def convert(
     skip_broken: bool = False,
     progress: bool = True,
     split: str = "train",
+    per_class: int | None = None,
 ) -> Conversion:
     """Write the images of a source as MDS shards, all or none.
 
@@ -74,6 +75,8 @@ def convert(
         skip_broken: Leave out files that are not images, instead of failing.
         progress: Show a progress bar on stderr.
         split: "train" or "test": which part of CIFAR-10; other sources have no parts.
+        per_class: Keep the first so many images of each class, by name; those of them that `skip_broken`
+            leaves out are not replaced. None: keep all.
 
     Returns:
         Number of samples, the class names, and the names of files left out.
@@ -82,9 +85,11 @@ def convert(
         ConversionError: Bad arguments or source, files that are not images (all named in
             `<out>.broken.txt`), something else at `out`, a full disk.
     """
-    _check_arguments(resize, workers, split)
+    _check_arguments(split, resize=resize, workers=workers, per_class=per_class)
     source, out = Path(source), Path(out)
     made_from = {**describe_source(source, split=split), "resize": resize}
+    if per_class is not None:  # no key else: shards of all images may be older than this argument
+        made_from["per_class"] = per_class
     done = existing(out, made_from)
     if done is not None and (skip_broken or not done.broken):
         return done
@@ -97,6 +102,8 @@ def convert(
     unpacked = partial(TemporaryDirectory, dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
     with staged(out) as stage, unpacked() as scratch, held(Path(scratch)):
         listing = open_source(source, split=split, scratch=Path(scratch))
+        if per_class is not None:
+            listing = first_per_class(listing, per_class)
         check_space(out, listing.size if resize is None else 0)
         samples = _samples(listing, resize, workers or os.cpu_count() or 1, progress, rejects)
         return write_shards(
@@ -157,11 +164,10 @@ def report_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.broken.txt")
 
 
-def _check_arguments(resize: int | None, workers: int | None, split: str) -> None:
-    if resize is not None:
-        require_integer("resize", resize, low=1)
-    if workers is not None:
-        require_integer("workers", workers, low=1)
+def _check_arguments(split: str, **counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None:
+            require_integer(name, count, low=1)
     require_choice("split", split, ("train", "test"))
 
 

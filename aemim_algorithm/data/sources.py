@@ -11,8 +11,9 @@ import os
 import shutil
 import tarfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +22,7 @@ from torchvision.io import encode_png
 
 from aemim_algorithm.data.shards import ConversionError
 
-__all__ = ["CIFAR10_FOLDER", "Source", "describe_source", "open_source"]
+__all__ = ["CIFAR10_FOLDER", "Source", "describe_source", "first_per_class", "open_source"]
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 _TAR_BLOCK = 512
@@ -94,6 +95,37 @@ def open_source(source: Path, *, split: str, scratch: Path) -> Source:
     if not listing.names and not listing.rejected:
         raise ConversionError(f"{source} holds no files: expected <class>/<file>")
     return listing
+
+
+def first_per_class(source: Source, count: int) -> Source:
+    """The first images of each class by name, for training with few labels.
+
+    Args:
+        source: A listing.
+        count: Images of each class.
+
+    Returns:
+        A listing of these, of all classes and of what was rejected.
+
+    Raises:
+        ConversionError: A class has fewer.
+    """
+    members: dict[int, list[int]] = defaultdict(list)
+    for index in sorted(range(len(source.names)), key=source.names.__getitem__):
+        members[source.labels[index]].append(index)
+    for label, name in enumerate(source.classes):
+        if (found := len(members[label])) < count:
+            raise ConversionError(
+                f"the class {name!r} has {found} images, expected at least per_class={count}: lower it"
+            )
+    kept = sorted(index for label in members.values() for index in label[:count])
+    return replace(
+        source,
+        names=[source.names[index] for index in kept],
+        labels=[source.labels[index] for index in kept],
+        size=0,
+        read=lambda index: source.read(kept[index]),
+    )
 
 
 def _open_folder(source: Path) -> Source:

@@ -177,10 +177,17 @@ def _during_training(runs: Sequence[Run]) -> dict[str, dict[str, list[Point]]]:
     for run in runs:
         for line in run.history:
             for name, value in line.get("eval", {}).items():
-                if re.search(r"accuracy|top\d", name.lower()):  # fractions, as torchmetrics gives them
+                if (scale := _to_percent(name)) is not None:
                     curves = panels.setdefault(name, {_label(run): [] for run in runs})
-                    curves[_label(run)].append(Point(_minutes(run, line["seconds"]), 100 * value))
+                    curves[_label(run)].append(Point(_minutes(run, line["seconds"]), scale * value))
     return panels
+
+
+def _to_percent(name: str) -> float | None:
+    """What makes percent of a score that is an accuracy: torchmetrics gives fractions, a probe percent."""
+    if name.startswith("probe/"):
+        return 1.0
+    return 100.0 if re.search(r"accuracy|top\d", name.lower()) else None
 
 
 def _at_the_end(runs: Sequence[Run]) -> dict[str, dict[str, list[Point]]]:

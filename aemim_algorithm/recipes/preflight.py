@@ -41,7 +41,14 @@ _IDENTITY = (
     *("seed", "model", "init_from", "augmentation", "algorithms", "optimizer", "schedule"),
     "global_batch_size",
 )
-_DATA_IDENTITY = ("resize", "crop_scale", "mean", "std", "canonical_nodes")  # the images: data_preflight.py
+_DATA_IDENTITY = (
+    "resize",
+    "crop_scale",
+    "mean",
+    "std",
+    "canonical_nodes",
+    "resident",
+)  # the images: data_preflight.py
 
 
 def prepare(recipe: Recipe) -> Parts:

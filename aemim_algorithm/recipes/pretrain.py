@@ -11,6 +11,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from aemim_algorithm.callbacks import OnlineProbe
 from aemim_algorithm.evaluation import evaluate_encoders
 from aemim_algorithm.evaluation.frozen import training_labels
 from aemim_algorithm.exchange.importing import load_start
@@ -68,9 +69,13 @@ def pretrain(recipe: Recipe) -> Outputs:
     """
     parts = prepare(recipe)
     train_folder, test_folder = joined_data(recipe)
-    check_data(recipe, train_folder, test_folder if recipe.evaluate else None)
-    if recipe.evaluate and test_folder is not None:
+    probes = [callback for callback in parts.callbacks if isinstance(callback, OnlineProbe)]
+    scored = recipe.evaluate or bool(probes)
+    check_data(recipe, train_folder, test_folder if scored else None)
+    if scored and test_folder is not None:
         training_labels(train_folder, test_folder)  # refuses other classes now, not after training
+    for probe in probes:
+        probe.set_folders(train_folder, test_folder)
     trainer = build_trainer(recipe, parts, train_folder)
     with running(recipe, trainer) as folder:
         fit(trainer, recipe)

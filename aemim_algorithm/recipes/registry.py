@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from composer.models import ComposerModel
 from composer.utils import FSDPConfig
 
 from aemim_algorithm.algorithm import AEMIM
-from aemim_algorithm.callbacks import ReconstructionPictures
+from aemim_algorithm.callbacks import OnlineProbe, ReconstructionPictures
 from aemim_algorithm.models import MODELS
+from aemim_algorithm.recipes.datasets import PHOTOS, is_remote
 from aemim_algorithm.recipes.layers import RecipeError, first_line, known_names
 from aemim_algorithm.recipes.options import check_options
 from aemim_algorithm.recipes.parallel import HybridFSDP2Config
@@ -73,12 +74,15 @@ def parts_around(model: Callable[[], ComposerModel], recipe: TrainingRecipe) -> 
     """Build what a recipe of any kind names beside its model; see :func:`build_parts`."""
     pixels = {"mean": recipe.data.mean, "std": recipe.data.std}
     pictures = {"folder": str(Path(recipe.save_folder, "pictures"))}
+    size = {"image_size": recipe.model["image_size"]} if isinstance(recipe, Recipe) else {}
+    given = {"reconstruction_pictures": pixels | pictures, "online_probe": pixels | size}
+    callbacks = _build_all("callbacks", recipe.callbacks, CALLBACKS, given)
+    _check_probes(callbacks, recipe)
     return Parts(
         model=model,
         algorithms=_build_all("algorithms", recipe.algorithms, ALGORITHMS, {"aemim": pixels}),
-        callbacks=_build_all(
-            "callbacks", recipe.callbacks, CALLBACKS, {"reconstruction_pictures": pixels | pictures}
-        ),
+        # Probes first: they set the clock right that others read.
+        callbacks=sorted(callbacks, key=lambda callback: not isinstance(callback, OnlineProbe)),
         loggers=_build_all("loggers", recipe.loggers, LOGGERS, {}),
         parallelism=_parallelism(recipe.parallelism),
     )
@@ -116,8 +120,13 @@ def _of_module(module: Any, base: type) -> dict[str, Builder]:
 
 
 ALGORITHMS = _of_module(composer.algorithms, Algorithm) | {"aemim": AEMIM}
-CALLBACKS = _of_module(composer.callbacks, Callback) | {"reconstruction_pictures": ReconstructionPictures}
+CALLBACKS = _of_module(composer.callbacks, Callback) | {
+    "online_probe": OnlineProbe,
+    "reconstruction_pictures": ReconstructionPictures,
+}
 LOGGERS = _of_module(composer.loggers, LoggerDestination)
+# What parts of a recipe share, and where it is set.
+_OWNERS = {"mean": "data.mean", "std": "data.std", "image_size": "model.image_size"}
 
 
 def _build_all(
@@ -150,8 +159,8 @@ def _build(
 ) -> Any:
     name, builder = found
     determined = given.get(name, {})
-    if fixed := [option for option in ("mean", "std") if option in options and determined]:
-        raise RecipeError(f"{key}.{fixed[0]}: set data.{fixed[0]}, which holds here as well")
+    if fixed := [option for option in _OWNERS if option in options and option in determined]:
+        raise RecipeError(f"{key}.{fixed[0]}: set {_OWNERS[fixed[0]]}, which holds here as well")
     accepted = {
         option: value
         for option, value in determined.items()
@@ -162,6 +171,28 @@ def _build(
         return builder(**checked)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{key}: {first_line(error)}") from error
+
+
+def _check_probes(callbacks: Sequence[Callback], recipe: TrainingRecipe) -> None:
+    """Refuse probes that would find no images, before any are read."""
+    data, key = recipe.data, "callbacks.online_probe"
+    for probe in callbacks:
+        if not isinstance(probe, OnlineProbe):
+            continue
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(
+                f"{key}: is for pre-training; data.test_source and eval_interval evaluate this run"
+            )
+        if recipe.parallelism:
+            raise RecipeError(
+                f"{key}: FSDP shards the weights: parallelism=null, or run `aemim probe` afterwards"
+            )
+        if probe.train is None and is_remote(data.source):
+            raise RecipeError(
+                f"{key}: data.source={data.source} is not on this machine: name a folder as train"
+            )
+        if probe.test is None and data.test_source is None and data.source != PHOTOS:
+            raise RecipeError(f"{key}: needs test images: set data.test_source, or leave the callback out")
 
 
 def _parallelism(named: Mapping[str, dict[str, Any] | None] | None) -> dict[str, Any] | None:

@@ -51,6 +51,9 @@ class DataRecipe:
     ``canonical_nodes`` is the most machines that the run is to use without downloading one another's
     shards; it decides the order of the samples, with the seed. ``max_broken`` is the number of samples
     that may turn out to be no images, and are replaced.
+
+    ``resident``: the images, local and of one size, are decoded once and stay on the device, where whole
+    batches are cropped; ``workers`` then does not matter.
     """
 
     source: str = MISSING
@@ -66,6 +69,7 @@ class DataRecipe:
     download_timeout: float = 60.0
     canonical_nodes: int = 1
     max_broken: int = 0
+    resident: bool = False
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 

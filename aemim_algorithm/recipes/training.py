@@ -27,9 +27,10 @@ from torch.optim import Optimizer
 from aemim_algorithm.callbacks import AtomicCheckpoints, BrokenImages, FiniteCheck
 from aemim_algorithm.callbacks.history import History
 from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
+from aemim_algorithm.data.resident import resident_data
 from aemim_algorithm.data.streaming import train_data
 from aemim_algorithm.recipes.datasets import is_remote, test_shards, train_shards
-from aemim_algorithm.recipes.preflight import on_gpu, precision_of
+from aemim_algorithm.recipes.preflight import device_of, on_gpu, precision_of
 from aemim_algorithm.recipes.registry import Parts
 from aemim_algorithm.recipes.resuming import resume_point
 from aemim_algorithm.recipes.schema import TrainingRecipe, save_recipe
@@ -80,22 +81,28 @@ def train_loader(recipe: TrainingRecipe, folder: Path, *, image_size: int, **opt
         recipe: A checked recipe.
         folder: Folder of the shards.
         image_size: Side of the crops, in pixels.
-        **options: Further arguments of :func:`~aemim_algorithm.data.streaming.train_data`.
+        **options: Further arguments of :func:`~aemim_algorithm.data.streaming.train_data`, or of
+            :func:`~aemim_algorithm.data.resident.resident_data` with ``data.resident``.
 
     Returns:
         Batches of this process.
     """
     data = recipe.data
+    shared: dict[str, Any] = {
+        "image_size": image_size,
+        "batch_size": recipe.global_batch_size // dist.get_world_size(),
+        "mean": data.mean,
+        "std": data.std,
+        "seed": recipe.seed,
+        "crop_scale": data.crop_scale,
+        **options,
+    }
+    if data.resident:
+        return resident_data(folder, device=device_of(recipe), **shared)
     return train_data(
         folder,
-        image_size=image_size,
-        batch_size=recipe.global_batch_size // dist.get_world_size(),
-        mean=data.mean,
-        std=data.std,
         remote=data.source if is_remote(data.source) else None,
-        seed=recipe.seed,
         workers=data.workers,
-        crop_scale=data.crop_scale,
         cache_limit=data.cache_limit,
         verify=data.verify,
         download_retries=data.download_retries,
@@ -103,7 +110,7 @@ def train_loader(recipe: TrainingRecipe, folder: Path, *, image_size: int, **opt
         canonical_nodes=data.canonical_nodes,
         max_broken=data.max_broken,
         dist_timeout=recipe.dist_timeout,
-        **options,
+        **shared,
     )
 
 

@@ -56,6 +56,8 @@ def check_finetuning_values(recipe: FineTuneRecipe) -> None:
     _require(0 <= augmentation.switch_prob <= 1, recipe, "augmentation.switch_prob", "in [0, 1]")
     smoothing = augmentation.label_smoothing
     _require(0 <= smoothing < 1, recipe, "augmentation.label_smoothing", "in [0, 1)")
+    by_batch = not (recipe.data.resident and augmentation.randaugment)
+    _require(by_batch, recipe, "augmentation.randaugment", "null with data.resident=true")
     _require(0 < recipe.evaluation_crop <= 1, recipe, "evaluation_crop", "in (0, 1]")
     _require(_is_interval(recipe.eval_interval), recipe, "eval_interval", _EXAMPLE)
     _require(_has_test(recipe), recipe, "data.test_source", "test images, which a classifier is scored on")
@@ -144,6 +146,9 @@ def _check_data(recipe: TrainingRecipe) -> None:
     divides = data.canonical_nodes >= 1 and recipe.global_batch_size % data.canonical_nodes == 0
     divisor = f"a divisor of global_batch_size={recipe.global_batch_size}"
     _require(divides, recipe, "data.canonical_nodes", divisor)
+    if data.resident:
+        _require(not remote, recipe, "data.source", "a local one with data.resident=true")
+        _require(data.max_broken == 0, recipe, "data.max_broken", "0 with data.resident=true")
 
 
 def _is_interval(interval: str) -> bool:

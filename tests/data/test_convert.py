@@ -304,7 +304,36 @@ def test_a_source_of_another_kind_is_one_line(tmp_path: Path, name: str, message
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "empty"}
 
 
-@pytest.mark.parametrize("options", [{"resize": 0}, {"workers": 0}, {"split": "validation"}], ids=str)
+@pytest.mark.parametrize("suffix", ["", ".tar"])
+def test_the_first_images_of_each_class_by_name_can_be_kept(
+    folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    source = pack(folder, tmp_path / f"set{suffix}") if suffix else folder
+    conversion = convert(source, tmp_path / "out", per_class=2, progress=False)
+    assert conversion.classes == ("cat", "dog", "more/eel")
+    kept = {(folder / name / f"{i}.jpg").read_bytes() for name in conversion.classes for i in (0, 1)}
+    assert conversion.samples == 6
+    assert set(contents(tmp_path / "out")) == {x for x in expected_contents(folder) if x[0] in kept}
+
+
+def test_another_number_per_class_is_another_conversion(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = convert(folder, out, per_class=3, progress=False)
+    assert convert(folder, out, per_class=3) == first
+    for other in (2, None):
+        with pytest.raises(ConversionError, match="remove it"):
+            convert(folder, out, per_class=other)
+
+
+def test_a_class_with_fewer_images_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"^the class 'cat' has 3 images, .*per_class=4: lower it$"):
+        convert(folder, tmp_path / "out", per_class=4, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"resize": 0}, {"workers": 0}, {"per_class": 0}, {"split": "validation"}], ids=str
+)
 def test_arguments_out_of_range_are_named(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         convert(folder, tmp_path / "out", **options)

@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 RUNS = [("small", 300, 15), ("base", 300, 15), ("base", 800, 40)]
 SIMMIM = ["imagenet_simmim_swin_base_100ep", "imagenet_simmim_vit_base_800ep"]
 SMALL_SIMMIM = ["cifar10_simmim_swin_tiny", "cifar10_simmim_vit_tiny"]
+# Bases for controls of a benchmark: what each changes in AEMIM.
+CONTROLS: dict[str, dict[str, Any]] = {"aemim_noise": {"steps": 0}, "aemim_no_adapter": {"adapter": "none"}}
 OTHERS = {
     "simmim": [*SIMMIM, *SMALL_SIMMIM],
     "maskfeat": ["imagenet_maskfeat_vit_base_300ep", "cifar10_maskfeat_vit_tiny"],
@@ -50,7 +52,8 @@ def test_every_recipe_loads_and_names_parts_that_exist(path: Path) -> None:
 
 def test_every_base_is_used() -> None:
     text = "".join(path.read_text() for path in YAMLS.rglob("*.yaml"))
-    assert [base.name for base in (YAMLS / "_base").iterdir() if base.name not in text] == []
+    unused = {base.stem for base in (YAMLS / "_base").iterdir() if base.name not in text}
+    assert unused <= set(CONTROLS)
 
 
 def test_the_recipes_are_those_of_the_paper() -> None:
@@ -96,6 +99,14 @@ def test_the_methods_are_table_1(run: str, method: str) -> None:
         assert aemim is None
     else:
         assert aemim == AEMIM(epsilon=2.0, loss_ratio=0.5, adversarial_loss="l2", adapter="norm", **expected)
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_control_differs_from_aemim_in_one_value(control: str, tmp_path: Path) -> None:
+    bases = [str(YAMLS / "_base" / f"{name}.yaml") for name in ("mae_vit_tiny", "cifar10", control)]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"bases: {bases}\n")
+    assert aemim_of(load(path)) == AEMIM(**CONTROLS[control])
 
 
 @pytest.mark.parametrize("method", ["simmim", "aemim"])

@@ -1,0 +1,253 @@
+"""One run of a study, from pre-training to the evaluated classifier, by the commands that a user would type.
+
+Each stage is a process of `aemim` that goes on where it was stopped; a run that has finished is read and not
+made again. The cores and GPUs of this process are held while a stage runs (`lanes.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lanes import reserved
+from processes import execute, last_line
+
+from aemim_algorithm.callbacks.history import read_history
+from aemim_algorithm.environment import write_json
+from aemim_algorithm.recipes.evaluate_schema import load_evaluate_recipe
+from aemim_algorithm.recipes.schema import load_finetuning, load_recipe
+
+__all__ = ["PROBES", "Job", "Recipes", "StageError", "check", "outcome_of", "run", "split_overrides"]
+
+OUTCOME = "outcome.json"
+PROBES = 4
+"""Online probes of a run, evenly spread; the last one at its end."""
+
+_SHARED = ("data.source", "data.test_source", "data.cache", "data.workers")
+_STAGES = ("pretrain", "finetune", "evaluate")
+
+
+class StageError(RuntimeError):
+    """A stage that failed, in one line."""
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """What all runs of a study share.
+
+    Attributes:
+        finetune: Recipe of `aemim finetune`.
+        evaluate: Recipe of `aemim evaluate`.
+        overrides: Of each stage, by its name.
+        folder: Where the runs are.
+    """
+
+    finetune: Path
+    evaluate: Path
+    overrides: Mapping[str, Sequence[str]]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        method: What tables and plots call its method.
+        recipe: Recipe of `aemim pretrain`.
+        batches: Length of the pre-training.
+        seed: Of pre-training and fine-tuning.
+        overrides: Of the recipe, after those of the study.
+    """
+
+    method: str
+    recipe: Path
+    batches: int
+    seed: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        method = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in self.method)
+        return f"{method}-{self.batches}ba-seed{self.seed}"
+
+
+def split_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """What each stage is told: ``finetune.`` and ``evaluate.`` name theirs, all else is of pre-training.
+
+    The data are named once: fine-tuning takes them from pre-training, evaluation the test images.
+    """
+    stages: dict[str, list[str]] = {stage: [] for stage in _STAGES}
+    for override in overrides:
+        stage, dot, rest = override.partition(".")
+        named = dot and stage in _STAGES
+        stages[stage if named else "pretrain"].append(rest if named else override)
+    shared = [override for override in stages["pretrain"] if override.partition("=")[0] in _SHARED]
+    stages["finetune"] = [*shared, *stages["finetune"]]
+    for override in shared:
+        key, _, value = override.partition("=")
+        if key == "data.test_source":
+            stages["evaluate"].insert(0, f"sets.clean={value}")
+    return stages
+
+
+def check(job: Job, recipes: Recipes) -> None:
+    """Read all that a run is told, and find what cannot be before anything is trained.
+
+    Raises:
+        RecipeError: If a recipe or an override is wrong.
+    """
+    for stage, words in _arguments(job, recipes).items():
+        _LOADERS[stage](words[0], words[1:])
+
+
+def run(job: Job, recipes: Recipes) -> dict[str, Any]:
+    """Make a run, or go on with it, or read what it left.
+
+    Returns:
+        See :func:`outcome_of`.
+
+    Raises:
+        StageError: If a stage fails, or the folder holds a run with other settings.
+    """
+    folder = recipes.folder / job.name
+    arguments = _arguments(job, recipes)
+    settings = _settings(arguments)
+    if (finished := _finished(folder, settings)) is not None:
+        return finished
+    for stage in _STAGES:
+        if not _is_done(stage, folder):
+            _run_stage(stage, arguments[stage], folder)
+    outcome = outcome_of(job, folder) | {"settings": settings}
+    write_json(outcome, folder / OUTCOME)
+    return outcome
+
+
+def outcome_of(job: Job, folder: Path) -> dict[str, Any]:
+    """What a finished run has to say.
+
+    Returns:
+        ``method``, ``batches``, ``seed``; ``seconds`` of training as measured; ``probes``, a list of
+        ``batch``, ``knn`` and ``linear``; ``losses``, every hundredth of the way; ``scores`` in percent,
+        where ``finetuned`` is on all test images and the others are on those of the evaluation.
+    """
+    history = read_history(folder / "pretrain")
+    batches = [line for line in history if "eval" not in line]
+    evaluated = json.loads((folder / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    finetuned = [line["eval"] for line in read_history(folder / "finetune") if "eval" in line][-1]
+    every = max(1, len(batches) // 100)
+    return {
+        "method": job.method,
+        "batches": job.batches,
+        "seed": job.seed,
+        "seconds": batches[-1]["seconds"],
+        "probes": [_probe(line) for line in history if "probe/linear" in line.get("eval", ())],
+        "losses": [_losses(line) for line in batches[::every]],
+        "scores": {"finetuned": 100 * finetuned["eval/top1"]} | _scores(evaluated),
+        "corruptions": (evaluated.get("corruptions") or {}).get("accuracy"),
+    }
+
+
+def _arguments(job: Job, recipes: Recipes) -> dict[str, list[str]]:
+    """Recipe and overrides of each stage."""
+    folder, told = recipes.folder / job.name, recipes.overrides
+    pretrain = [
+        *told["pretrain"],
+        *job.overrides,
+        f"max_duration={job.batches}ba",
+        f"seed={job.seed}",
+        f"callbacks.online_probe.interval={-(-job.batches // PROBES)}ba",
+        f"run_name={job.name}",
+        f"save_folder={folder / 'pretrain'}",
+    ]
+    finetune = [
+        *told["finetune"],
+        f"model.encoder={folder / 'pretrain' / 'encoder.pt'}",
+        f"seed={job.seed}",
+        f"run_name={job.name}-finetuned",
+        f"save_folder={folder / 'finetune'}",
+    ]
+    evaluate = [
+        *told["evaluate"],
+        f"classifier={folder / 'finetune' / 'classifier.pt'}",
+        f"run_name={job.name}",
+        f"out={folder / 'evaluate'}",
+    ]
+    return {
+        "pretrain": [str(job.recipe), *pretrain],
+        "finetune": [str(recipes.finetune), *finetune],
+        "evaluate": [str(recipes.evaluate), *evaluate],
+    }
+
+
+_LOADERS: dict[str, Any] = {
+    "pretrain": load_recipe,
+    "finetune": load_finetuning,
+    "evaluate": load_evaluate_recipe,
+}
+
+
+def _settings(arguments: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The resolved recipe of each stage."""
+    return {stage: repr(_LOADERS[stage](words[0], words[1:])) for stage, words in arguments.items()}
+
+
+def _finished(folder: Path, settings: Mapping[str, str]) -> dict[str, Any] | None:
+    file = folder / OUTCOME
+    if not file.exists():
+        return None
+    outcome: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if changed := [stage for stage in _STAGES if outcome["settings"].get(stage) != settings[stage]]:
+        raise StageError(f"{folder} holds a run with another recipe of {changed[0]}: choose another --runs")
+    return outcome
+
+
+def _is_done(stage: str, folder: Path) -> bool:
+    if stage == "evaluate":
+        file = folder / "evaluate" / "results.json"
+        return file.exists() and bool(json.loads(file.read_text(encoding="utf-8"))["complete"])
+    return (folder / stage / {"pretrain": "encoder.pt", "finetune": "classifier.pt"}[stage]).exists()
+
+
+def _run_stage(stage: str, words: Sequence[str], folder: Path) -> None:
+    log = folder / f"{stage}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    command = [sys.executable, "-m", "aemim_algorithm", stage, *words]
+    with reserved(), log.open("ab") as lines:
+        print(f"{folder.name}: {stage}", file=sys.stderr, flush=True)
+        code = execute(
+            command, output=lines, errors=lines, folder=Path.cwd(), environment=os.environ | threads
+        )
+    if code:
+        raise StageError(f"{stage} of {folder.name} failed: {last_line(log)} ({log})")
+
+
+def _probe(line: Mapping[str, Any]) -> dict[str, float]:
+    scores = line["eval"]
+    return {"batch": line["batch"], "knn": scores["probe/knn"], "linear": scores["probe/linear"]}
+
+
+def _losses(line: Mapping[str, Any]) -> dict[str, float]:
+    """The batch, its losses, and what was measured of the attack."""
+    kept = ("loss/train/", "aemim/")
+    return {"batch": line["batch"]} | {key: value for key, value in line.items() if key.startswith(kept)}
+
+
+def _scores(evaluated: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracies in percent, by the names of the tables."""
+    found = {}
+    for row in evaluated["results"]:
+        if row.get("attack"):
+            found[f"{row['attack'].upper()} ε={row['epsilon']:g}"] = row["value"]
+        elif row["metric"] == "top1":
+            found[row["set"]] = row["value"]
+        elif row["metric"] == "unnormalised corruption error":
+            found["corruptions"] = 100 - row["value"]
+    return found

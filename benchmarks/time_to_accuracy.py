@@ -1,0 +1,237 @@
+"""Accuracy over wall-clock: pre-train several recipes for equal epochs and equal time, fine-tune, evaluate.
+
+    python benchmarks/time_to_accuracy.py mae.yaml fast.yaml aemim.yaml --epochs 5 --seeds 1 2
+
+The first recipe is the baseline. It is trained for the epochs of the others, and again for as many as
+take the seconds that each slower one takes. With `--shares 0.65` the others are trained for as long as 0.65
+of the baseline's seconds, too. Seconds are batches times the seconds of a batch, measured before in turns;
+those that passed while a run trained stand beside them. Probes count in neither.
+
+Stopped at any time, the same command goes on. Runs that may use the same core or GPU wait for one another;
+`taskset -c 0` and `taskset -c 1` with other `--seeds` share the work, and the last one to end has all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from end_to_end import turn
+from lanes import reserved
+from record import environment, write_json
+from study import Job, Recipes, StageError, check, run, split_overrides
+from study_plots import draw
+from study_tables import table
+from turns import measure
+
+from aemim_algorithm.data.shards import ConversionError
+from aemim_algorithm.recipes.datasets import train_shards
+from aemim_algorithm.recipes.dry_run import count_images
+from aemim_algorithm.recipes.layers import RecipeError
+from aemim_algorithm.recipes.preflight import prepare
+from aemim_algorithm.recipes.schema import load_recipe
+
+PLAN = "plan.json"
+_SAME = 0.05  # costs that differ by less are one run
+
+
+def jobs_of(options: argparse.Namespace, plan: Mapping[str, Any]) -> list[Job]:
+    """All runs: for each seed first those of equal epochs, then those of equal time.
+
+    Args:
+        options: The command line.
+        plan: Of :func:`calibrate`.
+    """
+    seconds = {method: statistics.median(plan["batch_seconds"][method]) for method in options.methods}
+    per_epoch = plan["batches_per_epoch"]
+    base, *others = options.methods
+    whole = {method: round(options.epochs * per_epoch[method]) for method in options.methods}
+    lengths = [(method, whole[method]) for method in options.methods]
+    costs: list[float] = []
+    for method in sorted(others, key=lambda name: seconds[name] * whole[name]):
+        cost = seconds[method] * whole[method] / (seconds[base] * whole[base])
+        if all(abs(cost / other - 1) > _SAME for other in [1.0, *costs]):
+            costs.append(cost)
+    lengths += [(base, round(cost * whole[base])) for cost in costs if cost > 1]
+    for share in options.shares:
+        budget = share * seconds[base] * whole[base]
+        lengths += [
+            (method, max(1, round(budget / seconds[method]))) for method in options.at_shares or others
+        ]
+    return [
+        Job(method, options.methods[method], batches, seed)
+        for seed in options.seeds
+        for method, batches in dict.fromkeys(lengths)
+    ]
+
+
+def calibrate(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
+    """Measure the seconds of a batch of every recipe, in turns; once for a folder of runs.
+
+    Returns:
+        ``batch_seconds``, one entry a round, and ``batches_per_epoch``, by method, and ``environment``.
+
+    Raises:
+        RecipeError: If a recipe cannot run here.
+        ConversionError: If the images cannot be converted.
+    """
+    file = recipes.folder / PLAN
+    recipes.folder.mkdir(parents=True, exist_ok=True)
+    with open(recipes.folder / f".{PLAN}.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the same study may be at it
+        plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        missing = [method for method in options.methods if method not in plan.get("batch_seconds", {})]
+        if missing:
+            with reserved():
+                plan = _measured(options, recipes)
+            write_json(plan, file)
+    return plan
+
+
+def _measured(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
+    told = [*recipes.overrides["pretrain"], f"max_duration={options.batches}ba", "evaluate=false"]
+    per_epoch = {}
+    for method, path in options.methods.items():
+        recipe = load_recipe(path, [*told, f"save_folder={recipes.folder / 'calibration'}"])
+        prepare(recipe)
+        images = count_images(str(train_shards(recipe.data))) or 0
+        per_epoch[method] = images // recipe.global_batch_size
+    print(f"timing {options.rounds} turns of {options.batches} batches", file=sys.stderr, flush=True)
+    with TemporaryDirectory() as scratch:
+        contenders = {
+            method: partial(
+                turn, path, [*told, f"save_folder={scratch}/{number}"], options.batches, options.device
+            )
+            for number, (method, path) in enumerate(options.methods.items())
+        }
+        threads = len(os.sched_getaffinity(0))
+        found = measure(contenders, rounds=options.rounds, device=options.device, threads=threads)
+    return {
+        "batch_seconds": {name: [part["batch"] for part in row["parts"]] for name, row in found.items()},
+        "batches_per_epoch": per_epoch,
+        "environment": environment("benchmarks/time_to_accuracy.py", sys.argv[1:]),
+    }
+
+
+def summary(
+    options: argparse.Namespace, plan: Mapping[str, Any], outcomes: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """All that was found, as it is written."""
+    seconds = {method: statistics.median(values) for method, values in plan["batch_seconds"].items()}
+    runs = [
+        {key: value for key, value in outcome.items() if key != "settings"}
+        | {"measured_seconds": outcome["seconds"], "seconds": outcome["batches"] * seconds[outcome["method"]]}
+        for outcome in outcomes
+    ]
+    return {
+        "baseline": next(iter(options.methods)),
+        "epochs": options.epochs,
+        "batches_per_epoch": plan["batches_per_epoch"],
+        "batch_seconds": plan["batch_seconds"],
+        "overrides": options.overrides,
+        "runs": runs,
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    result = environment("benchmarks/time_to_accuracy.py", arguments)
+    recipes = Recipes(options.finetune, options.evaluate, split_overrides(options.overrides), options.runs)
+    outcomes, failed = [], False
+    try:
+        for method, path in options.methods.items():
+            check(Job(method, path, 1, options.seeds[0]), recipes)
+        plan = calibrate(options, recipes)
+        jobs = jobs_of(options, plan)
+        _announce(jobs, plan)
+        for job in jobs:
+            try:
+                outcomes.append(run(job, recipes))
+            except StageError as error:
+                print(error, file=sys.stderr)
+                failed = True
+    except (RecipeError, ConversionError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    if outcomes:
+        result |= summary(options, plan, outcomes)
+        write_json(result, options.out)
+        draw(result, options.out.with_suffix(".png"))
+        print(table(result))
+    return 1 if failed else 0
+
+
+def _announce(jobs: Sequence[Job], plan: Mapping[str, Any]) -> None:
+    total = sum(job.batches * statistics.median(plan["batch_seconds"][job.method]) for job in jobs)
+    print(f"{len(jobs)} runs, about {total / 60:.0f} minutes of pre-training", file=sys.stderr, flush=True)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; ends with code 2 if it makes no sense."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="of pre-training, the baseline first; and key=value overrides, those of the other stages as "
+        "finetune.key=value and evaluate.key=value",
+    )
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--epochs", type=float, required=True, help="of the equal-epochs runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--finetune", type=Path, help="default: finetune.yaml beside the first recipe")
+    parser.add_argument("--evaluate", type=Path, help="default: evaluate.yaml beside the first recipe")
+    parser.add_argument(
+        "--shares", type=float, nargs="*", default=[], help="shorter runs: shares of the baseline's seconds"
+    )
+    parser.add_argument(
+        "--at-shares", nargs="*", metavar="METHOD", help="methods of these (default: all but the baseline)"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("time_to_accuracy.json"))
+    parser.add_argument("--rounds", type=int, default=5, help="turns in which a batch is timed")
+    parser.add_argument("--batches", type=int, default=50 if on_gpu else 6, help="of a turn")
+    options = parser.parse_intermixed_args(arguments)
+    words = options.recipes
+    options.overrides = [word for word in words if "=" in word]
+    paths = [Path(word) for word in words if "=" not in word]
+    options.methods = {path.stem: path for path in paths}
+    options.device = "cuda" if on_gpu else "cpu"
+    if not paths or len(options.methods) < len(paths):
+        parser.error(f"got {', '.join(map(str, paths)) or 'no recipe'}: expected recipes of different names")
+    options.finetune = options.finetune or paths[0].with_name("finetune.yaml")
+    options.evaluate = options.evaluate or paths[0].with_name("evaluate.yaml")
+    for name, path in [("RECIPE", path) for path in paths] + [
+        ("--finetune", options.finetune),
+        ("--evaluate", options.evaluate),
+    ]:
+        if not path.is_file():
+            parser.error(f"{name}={path}: no such file")
+    if options.epochs <= 0 or any(not share > 0 for share in options.shares):
+        parser.error("--epochs and --shares: expected more than 0")
+    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
+        parser.error(f"--seeds={options.seeds}: expected different numbers from 0")
+    for name, low in (("rounds", 1), ("batches", 2)):
+        if getattr(options, name) < low:
+            parser.error(f"--{name}={getattr(options, name)}: expected at least {low}")
+    for method in options.at_shares or []:
+        if method not in list(options.methods)[1:]:
+            parser.error(f"--at-shares={method}: expected one of {', '.join(list(options.methods)[1:])}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
