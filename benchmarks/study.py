@@ -6,10 +6,11 @@ made again. The cores and GPUs of this process are held while a stage runs (`lan
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,23 @@ from processes import execute, last_line
 
 from aemim_algorithm.callbacks.history import read_history
 from aemim_algorithm.environment import write_json
+from aemim_algorithm.recipes.datasets import train_shards
+from aemim_algorithm.recipes.dry_run import count_images
 from aemim_algorithm.recipes.evaluate_schema import load_evaluate_recipe
+from aemim_algorithm.recipes.preflight import prepare
 from aemim_algorithm.recipes.schema import load_finetuning, load_recipe
 
-__all__ = ["PROBES", "Job", "Recipes", "StageError", "check", "outcome_of", "run", "split_overrides"]
+__all__ = [
+    "PROBES",
+    "Job",
+    "Recipes",
+    "StageError",
+    "batches_per_epoch",
+    "check",
+    "outcome_of",
+    "run",
+    "split_overrides",
+]
 
 OUTCOME = "outcome.json"
 PROBES = 4
@@ -103,8 +117,22 @@ def check(job: Job, recipes: Recipes) -> None:
     Raises:
         RecipeError: If a recipe or an override is wrong.
     """
-    for stage, words in _arguments(job, recipes).items():
-        _LOADERS[stage](words[0], words[1:])
+    loaded = {
+        stage: _LOADERS[stage](words[0], words[1:]) for stage, words in _arguments(job, recipes).items()
+    }
+    prepare(loaded["pretrain"])
+
+
+def batches_per_epoch(recipe: Path, overrides: Sequence[str]) -> int:
+    """Full batches of an epoch of a recipe, whose images are converted if need be.
+
+    Raises:
+        RecipeError: If the recipe cannot run here.
+        ConversionError: If the images cannot be converted.
+    """
+    loaded = load_recipe(recipe, [*overrides, "save_folder=runs/counted", "max_duration=1ep"])
+    prepare(loaded)
+    return (count_images(str(train_shards(loaded.data))) or 0) // loaded.global_batch_size
 
 
 def run(job: Job, recipes: Recipes) -> dict[str, Any]:
@@ -127,6 +155,54 @@ def run(job: Job, recipes: Recipes) -> dict[str, Any]:
     outcome = outcome_of(job, folder) | {"settings": settings}
     write_json(outcome, folder / OUTCOME)
     return outcome
+
+
+def run_all(jobs: Iterable[Job], recipes: Recipes) -> tuple[list[dict[str, Any]], bool]:
+    """Make runs one after the other; one that fails is named and left out.
+
+    Returns:
+        See :func:`outcome_of`, of each that did not fail; and whether all of them did not.
+    """
+    outcomes, whole = [], True
+    for job in jobs:
+        try:
+            outcomes.append(run(job, recipes))
+        except StageError as error:
+            print(error, file=sys.stderr)
+            whole = False
+    return outcomes, whole
+
+
+def add_stage_options(parser: argparse.ArgumentParser) -> None:
+    """Options that all studies have."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--finetune", type=Path, help="default: finetune.yaml beside the first recipe")
+    parser.add_argument("--evaluate", type=Path, help="default: evaluate.yaml beside the first recipe")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
+
+
+def read_stage_options(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, words: Sequence[str]
+) -> list[Path]:
+    """Check those options, and tell the recipes from the overrides; ends with code 2 if they make no sense.
+
+    Returns:
+        The recipes; ``options.overrides`` has the rest, ``options.recipes`` what all runs share.
+    """
+    options.overrides = [word for word in words if "=" in word]
+    paths = [Path(word) for word in words if "=" not in word]
+    if not paths or len({path.stem for path in paths}) < len(paths):
+        parser.error(f"got {', '.join(map(str, paths)) or 'no recipe'}: expected recipes of different names")
+    finetune = options.finetune or paths[0].with_name("finetune.yaml")
+    evaluate = options.evaluate or paths[0].with_name("evaluate.yaml")
+    named = [("RECIPE", path) for path in paths] + [("--finetune", finetune), ("--evaluate", evaluate)]
+    for name, path in named:
+        if not path.is_file():
+            parser.error(f"{name}={path}: no such file")
+    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
+        parser.error(f"--seeds={options.seeds}: expected different numbers from 0")
+    options.recipes = Recipes(finetune, evaluate, split_overrides(options.overrides), options.runs)
+    return paths
 
 
 def outcome_of(job: Job, folder: Path) -> dict[str, Any]:

@@ -29,17 +29,13 @@ import torch
 from end_to_end import turn
 from lanes import reserved
 from record import environment, write_json
-from study import Job, Recipes, StageError, check, run, split_overrides
+from study import Job, Recipes, add_stage_options, batches_per_epoch, check, read_stage_options, run_all
 from study_plots import draw
 from study_tables import table
 from turns import measure
 
 from aemim_algorithm.data.shards import ConversionError
-from aemim_algorithm.recipes.datasets import train_shards
-from aemim_algorithm.recipes.dry_run import count_images
 from aemim_algorithm.recipes.layers import RecipeError
-from aemim_algorithm.recipes.preflight import prepare
-from aemim_algorithm.recipes.schema import load_recipe
 
 PLAN = "plan.json"
 _SAME = 0.05  # costs that differ by less are one run
@@ -100,12 +96,7 @@ def calibrate(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
 
 def _measured(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
     told = [*recipes.overrides["pretrain"], f"max_duration={options.batches}ba", "evaluate=false"]
-    per_epoch = {}
-    for method, path in options.methods.items():
-        recipe = load_recipe(path, [*told, f"save_folder={recipes.folder / 'calibration'}"])
-        prepare(recipe)
-        images = count_images(str(train_shards(recipe.data))) or 0
-        per_epoch[method] = images // recipe.global_batch_size
+    per_epoch = {method: batches_per_epoch(path, told) for method, path in options.methods.items()}
     print(f"timing {options.rounds} turns of {options.batches} batches", file=sys.stderr, flush=True)
     with TemporaryDirectory() as scratch:
         contenders = {
@@ -145,21 +136,14 @@ def summary(
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    result = environment("benchmarks/time_to_accuracy.py", arguments)
-    recipes = Recipes(options.finetune, options.evaluate, split_overrides(options.overrides), options.runs)
-    outcomes, failed = [], False
+    result, recipes = environment("benchmarks/time_to_accuracy.py", arguments), options.recipes
     try:
         for method, path in options.methods.items():
             check(Job(method, path, 1, options.seeds[0]), recipes)
         plan = calibrate(options, recipes)
         jobs = jobs_of(options, plan)
         _announce(jobs, plan)
-        for job in jobs:
-            try:
-                outcomes.append(run(job, recipes))
-            except StageError as error:
-                print(error, file=sys.stderr)
-                failed = True
+        outcomes, whole = run_all(jobs, recipes)
     except (RecipeError, ConversionError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -171,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
         write_json(result, options.out)
         draw(result, options.out.with_suffix(".png"))
         print(table(result))
-    return 1 if failed else 0
+    return 0 if whole else 1
 
 
 def _announce(jobs: Sequence[Job], plan: Mapping[str, Any]) -> None:
@@ -183,7 +167,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; ends with code 2 if it makes no sense."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "recipes",
+        "words",
         nargs="+",
         metavar="RECIPE",
         help="of pre-training, the baseline first; and key=value overrides, those of the other stages as "
@@ -191,39 +175,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--epochs", type=float, required=True, help="of the equal-epochs runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--finetune", type=Path, help="default: finetune.yaml beside the first recipe")
-    parser.add_argument("--evaluate", type=Path, help="default: evaluate.yaml beside the first recipe")
+    add_stage_options(parser)
     parser.add_argument(
         "--shares", type=float, nargs="*", default=[], help="shorter runs: shares of the baseline's seconds"
     )
     parser.add_argument(
         "--at-shares", nargs="*", metavar="METHOD", help="methods of these (default: all but the baseline)"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("time_to_accuracy.json"))
     parser.add_argument("--rounds", type=int, default=5, help="turns in which a batch is timed")
     parser.add_argument("--batches", type=int, default=50 if on_gpu else 6, help="of a turn")
     options = parser.parse_intermixed_args(arguments)
-    words = options.recipes
-    options.overrides = [word for word in words if "=" in word]
-    paths = [Path(word) for word in words if "=" not in word]
+    paths = read_stage_options(parser, options, options.words)
     options.methods = {path.stem: path for path in paths}
     options.device = "cuda" if on_gpu else "cpu"
-    if not paths or len(options.methods) < len(paths):
-        parser.error(f"got {', '.join(map(str, paths)) or 'no recipe'}: expected recipes of different names")
-    options.finetune = options.finetune or paths[0].with_name("finetune.yaml")
-    options.evaluate = options.evaluate or paths[0].with_name("evaluate.yaml")
-    for name, path in [("RECIPE", path) for path in paths] + [
-        ("--finetune", options.finetune),
-        ("--evaluate", options.evaluate),
-    ]:
-        if not path.is_file():
-            parser.error(f"{name}={path}: no such file")
     if options.epochs <= 0 or any(not share > 0 for share in options.shares):
         parser.error("--epochs and --shares: expected more than 0")
-    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
-        parser.error(f"--seeds={options.seeds}: expected different numbers from 0")
     for name, low in (("rounds", 1), ("batches", 2)):
         if getattr(options, name) < low:
             parser.error(f"--{name}={getattr(options, name)}: expected at least {low}")

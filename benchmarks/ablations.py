@@ -1,0 +1,231 @@
+"""The paper's ablations (Table 8, Figures 2 and 4) on a recipe of AEMIM, its numbers beside ours.
+
+    python benchmarks/ablations.py aemim.yaml --baseline mae.yaml --epochs 4 --groups epsilon steps
+
+Every setting is pre-trained for the same epochs, fine-tuned and evaluated, as `time_to_accuracy.py` does it.
+The paper's numbers are top-1 on ImageNet-1K of ViT-S/16, pre-trained for 300 epochs. Groups that it does not
+have say what else could matter at a small scale. Stopped at any time, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from record import environment, write_json
+from study import Job, add_stage_options, batches_per_epoch, check, read_stage_options, run_all
+from study_tables import mean_and_deviation, score_names
+
+from aemim_algorithm.data.shards import ConversionError
+from aemim_algorithm.evaluation.plots import COLOURS, Point, draw_curves, save_figure
+from aemim_algorithm.recipes.layers import RecipeError
+
+BASELINE, DEFAULT = "without AEMIM", "AEMIM"
+PAPER = {BASELINE: 80.9, DEFAULT: 81.4}
+"""Tables 4 and 8: top-1 in percent, ViT-S/16."""
+
+_LOSSES = {"loss/train/clean": "clean", "loss/train/adversarial": "adversarial"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings that differ in one thing.
+
+    Attributes:
+        title: What the table calls them.
+        default: The setting that is the recipe as it is.
+        overrides: What each other setting changes.
+        paper: What the paper reports of a setting, top-1 in percent.
+    """
+
+    title: str
+    default: str
+    overrides: Mapping[str, tuple[str, ...]]
+    paper: Mapping[str, float]
+
+
+def _of(title: str, key: str, default: str, values: Mapping[str, float | None]) -> Group:
+    """Settings of one argument of AEMIM, with the paper's numbers where it has them."""
+    changed = {value: (f"algorithms.aemim.{key}={value}",) for value in values if value != default}
+    known = {value: number for value, number in values.items() if number is not None}
+    return Group(title, default, changed, known)
+
+
+GROUPS = {
+    "epsilon": _of("(a) budget ε", "epsilon", "2.0", {"1.0": 81.3, "2.0": 81.4, "4.0": 81.2, "8.0": None}),
+    "steps": _of("(b) attack steps T", "steps", "2", {"0": None, "1": 81.2, "2": 81.4, "3": 81.4}),
+    "adapter": _of(
+        "(c) adapter", "adapter", "norm", {"none": 81.2, "cls_token": 81.4, "norm": 81.4, "both": None}
+    ),
+    "loss": _of(
+        "(d) adversarial loss", "adversarial_loss", "l2", {"reconstruction": 81.1, "kl": 81.3, "l2": 81.4}
+    ),
+    "loss_ratio": _of("Figure 4: λ", "loss_ratio", "0.5", dict.fromkeys(("0.1", "0.3", "0.5", "0.7", "0.9"))),
+    "step_size": _of(
+        "step size μ", "step_size", "1.25 ε / T", {"1.25 ε / T": None, "2.0": None, "4.0": None}
+    ),
+    "adversarial_ratio": _of(
+        "share α of the batch", "adversarial_ratio", "1.0", {"0.25": None, "0.5": None, "1.0": None}
+    ),
+}
+"""Table 8 (a) to (d), Figure 4, and what the paper leaves open."""
+
+
+def jobs_of(options: argparse.Namespace, per_epoch: int) -> list[Job]:
+    """All runs: the recipe as it is and the baseline once a seed, then the groups in order."""
+    batches = round(options.epochs * per_epoch)
+    settings: dict[str, tuple[Path, tuple[str, ...]]] = {DEFAULT: (options.recipe, ())}
+    if options.baseline:
+        settings[BASELINE] = (options.baseline, ())
+    for name in options.groups:
+        for value, overrides in GROUPS[name].overrides.items():
+            settings[f"{name} {value}"] = (options.recipe, overrides)
+    return [
+        Job(method, recipe, batches, seed, overrides)
+        for seed in options.seeds
+        for method, (recipe, overrides) in settings.items()
+    ]
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Markdown in the layout of Table 8: a row for each setting, the paper's number last."""
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for run in result["runs"]:
+        runs.setdefault(run["method"], []).append(run)
+    names = score_names(result)
+    heads = ["", "setting", "seeds", "linear probe", *names, "paper, IN-1K"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    rows: list[tuple[str, str, str, float | None]] = [
+        ("", name, name, PAPER[name]) for name in (BASELINE, DEFAULT)
+    ]
+    for key in result["groups"]:
+        group = GROUPS[key]
+        values = [*group.overrides]
+        for value in dict.fromkeys([*group.paper, group.default, *values]):
+            method = DEFAULT if value == group.default else f"{key} {value}"
+            rows.append((group.title, value, method, group.paper.get(value)))
+    for title, value, method, paper in rows:
+        if method in runs:
+            found = runs[method]
+            cells = [title, value, str(len(found)), _cell([run["probes"][-1]["linear"] for run in found])]
+            cells += [
+                _cell([run["scores"][name] for run in found if name in run["scores"]]) for name in names
+            ]
+            lines.append(f"| {' | '.join([*cells, '–' if paper is None else f'{paper:.1f}'])} |")
+    return "\n".join([*lines, "", "Mean ± sample standard deviation over seeds; accuracies in percent."])
+
+
+def draw_losses(result: Mapping[str, Any], out: Path) -> bool:
+    """Figure 2: both losses over pre-training, for the feature distance and the reconstruction attack.
+
+    Returns:
+        Whether there were runs to draw.
+    """
+    methods = {DEFAULT: "feature distance (l2)", "loss reconstruction": "reconstruction loss"}
+    first = {run["method"]: run for run in reversed(result["runs"])}
+    if not all(method in first for method in methods):
+        return False
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    for axis, (method, title) in zip(figure.subplots(1, 2, sharey=True), methods.items(), strict=True):
+        for number, (key, name) in enumerate(_LOSSES.items()):
+            points = [(line["batch"], line[key]) for line in first[method]["losses"] if key in line]
+            axis.plot(*zip(*points, strict=True), label=name, color=COLOURS[number], linewidth=1)
+        axis.set_title(f"attack on the {title}", fontsize=10)
+        axis.set_xlabel("batch", fontsize=9)
+        axis.legend(fontsize=8, frameon=False)
+        axis.grid(alpha=0.3, linewidth=0.6)
+    figure.axes[0].set_ylabel("reconstruction loss", fontsize=9)
+    save_figure(figure, out)
+    return True
+
+
+def draw_loss_ratio(result: Mapping[str, Any], out: Path) -> bool:
+    """Figure 4: what the fine-tuned classifiers reach over λ.
+
+    Returns:
+        Whether there were runs to draw.
+    """
+    group, curves = GROUPS["loss_ratio"], dict[str, list[Point]]()
+    shown = [name for name in ("finetuned", "corruptions") if name in score_names(result)]
+    for value in sorted([*group.overrides, group.default], key=float):
+        method = DEFAULT if value == group.default else f"loss_ratio {value}"
+        runs = [run for run in result["runs"] if run["method"] == method]
+        for name in shown if runs else ():
+            mean, deviation = mean_and_deviation([run["scores"][name] for run in runs])
+            band = (mean - deviation, mean + deviation) if deviation is not None else (None, None)
+            curves.setdefault(name, []).append(Point(float(value), mean, *band))
+    if all(len(points) < 2 for points in curves.values()):
+        return False
+    figure = Figure(figsize=(4.6 * len(curves), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)
+    for axis, (name, points) in zip(axes.flat, curves.items(), strict=True):
+        draw_curves(axis, {name: points})
+        axis.set_xlabel("weight λ of the clean loss", fontsize=9)
+        axis.set_ylabel(f"{name}, top-1 accuracy, %", fontsize=9)
+    save_figure(figure, out)
+    return True
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    result, recipes = environment("benchmarks/ablations.py", arguments), options.recipes
+    try:
+        per_epoch = batches_per_epoch(options.recipe, recipes.overrides["pretrain"])
+        jobs = jobs_of(options, per_epoch)
+        for job in jobs:
+            check(job, recipes)
+        print(f"{len(jobs)} runs", file=sys.stderr, flush=True)
+        outcomes, whole = run_all(jobs, recipes)
+    except (RecipeError, ConversionError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130
+    if outcomes:
+        result |= {"epochs": options.epochs, "groups": options.groups, "overrides": options.overrides}
+        result["runs"] = [
+            {key: value for key, value in outcome.items() if key != "settings"} for outcome in outcomes
+        ]
+        write_json(result, options.out)
+        draw_losses(result, options.out.with_name(f"{options.out.stem}-losses.png"))
+        draw_loss_ratio(result, options.out.with_name(f"{options.out.stem}-loss-ratio.png"))
+        print(table(result))
+    return 0 if whole else 1
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; ends with code 2 if it makes no sense."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("words", nargs="+", metavar="RECIPE", help="of AEMIM; and key=value overrides")
+    parser.add_argument("--baseline", type=Path, help="recipe without AEMIM")
+    parser.add_argument("--epochs", type=float, required=True)
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS)[:5])
+    parser.add_argument("--out", type=Path, default=Path("ablations.json"))
+    add_stage_options(parser)
+    options = parser.parse_intermixed_args(arguments)
+    paths = read_stage_options(parser, options, options.words)
+    if len(paths) != 1:
+        parser.error(f"got {len(paths)} recipes: expected one")
+    (options.recipe,) = paths
+    if options.baseline is not None and not options.baseline.is_file():
+        parser.error(f"--baseline={options.baseline}: no such file")
+    if options.epochs <= 0:
+        parser.error(f"--epochs={options.epochs}: expected more than 0")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,270 @@
+"""The harness: what it plans, how it reads runs, that it goes on after a kill, and a whole study of seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import benchmark_script
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PHOTOS = BENCHMARKS / "studies" / "photos"
+SCORES = {"finetuned", "clean", "corruptions", "FGSM ε=1", "PGD ε=0.51"}
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return benchmark_script("time_to_accuracy", monkeypatch)
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return benchmark_script("study_tables", monkeypatch)
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return benchmark_script("study", monkeypatch)
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return benchmark_script("lanes", monkeypatch)
+
+
+def options_of(harness: ModuleType, *words: str) -> Any:
+    return harness.parse([str(PHOTOS / f"{name}.yaml") for name in ("mae", "fast", "aemim")] + [*words])
+
+
+PLAN = {
+    "batch_seconds": {"mae": [0.9, 1.0, 5.0], "fast": [1.3, 1.4, 1.5], "aemim": [2.6, 2.8, 2.5]},
+    "batches_per_epoch": {"mae": 100, "fast": 100, "aemim": 100},
+}
+
+
+def test_the_baseline_is_trained_for_the_seconds_of_each_other_recipe(harness: ModuleType) -> None:
+    options = options_of(harness, "--epochs", "2", "--seeds", "3", "--shares", "0.7", "--at-shares", "fast")
+    jobs = [(job.method, job.batches) for job in harness.jobs_of(options, PLAN)]
+    equal_epochs = [("mae", 200), ("fast", 200), ("aemim", 200)]
+    equal_time = [("mae", 280), ("mae", 520)]  # 1.4 and 2.6 seconds a batch, against 1.0
+    assert jobs == [*equal_epochs, *equal_time, ("fast", 100)]  # 0.7 of 200 s at 1.4 s
+
+
+def test_equal_costs_are_one_run_and_cheaper_recipes_need_none(harness: ModuleType) -> None:
+    plan = {**PLAN, "batch_seconds": {"mae": [1.0], "fast": [0.8], "aemim": [1.01]}}
+    jobs = harness.jobs_of(options_of(harness, "--epochs", "1", "--seeds", "1"), plan)
+    assert [(job.method, job.batches) for job in jobs] == [("mae", 100), ("fast", 100), ("aemim", 100)]
+
+
+def test_seeds_come_one_after_the_other(harness: ModuleType) -> None:
+    jobs = harness.jobs_of(options_of(harness, "--epochs", "1", "--seeds", "4", "2"), PLAN)
+    assert [job.seed for job in jobs] == [4] * (len(jobs) // 2) + [2] * (len(jobs) // 2)
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["missing.yaml", "--epochs", "1"], "RECIPE=missing.yaml: no such file"),
+        (["max_duration=1ep", "--epochs", "1"], "got no recipe"),
+        ([str(PHOTOS / "mae.yaml"), "--epochs", "0"], "expected more than 0"),
+        ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--shares", "-1"], "expected more than 0"),
+        ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--seeds", "1", "1"], "expected different numbers"),
+        ([str(PHOTOS / "mae.yaml")] * 2 + ["--epochs", "1"], "recipes of different names"),
+        ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--at-shares", "mae"], "--at-shares=mae"),
+        ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--finetune", "no.yaml"], "--finetune=no.yaml"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_code_2(
+    harness: ModuleType, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        harness.parse(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_wrong_override_of_any_stage_is_found_before_anything_is_trained(
+    harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in ("model.depht=1", "finetune.seeed=1", "evaluate.batch_sise=1"):
+        arguments = [str(PHOTOS / "mae.yaml"), "--epochs", "1", "--runs", str(tmp_path / "runs"), wrong]
+        assert harness.main(arguments) == 2
+        assert wrong.partition("=")[0].rpartition(".")[2] in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_data_are_named_once(study: ModuleType) -> None:
+    told = study.split_overrides(
+        [
+            "data.source=a",
+            "data.test_source=b",
+            "model.depth=2",
+            "finetune.data.source=c",
+            "evaluate.workers=1",
+        ]
+    )
+    assert told["pretrain"] == ["data.source=a", "data.test_source=b", "model.depth=2"]
+    assert told["finetune"] == ["data.source=a", "data.test_source=b", "data.source=c"]
+    assert told["evaluate"] == ["sets.clean=b", "workers=1"]
+
+
+def run_of(method: str, batches: int, seed: int, linear: list[float], seconds: float) -> dict[str, Any]:
+    probes = [
+        {"batch": (number + 1) * batches // len(linear), "knn": value - 10, "linear": value}
+        for number, value in enumerate(linear)
+    ]
+    scores = {"finetuned": linear[-1] + 20}
+    return {
+        "method": method, "batches": batches, "seed": seed, "seconds": seconds, "probes": probes,
+        "scores": scores,
+    }  # fmt: skip
+
+
+RESULT = {
+    "baseline": "mae",
+    "epochs": 2,
+    "batches_per_epoch": {"mae": 100, "fast": 100},
+    "runs": [
+        run_of("mae", 200, 1, [30, 40], 200),
+        run_of("fast", 200, 1, [34, 46], 280),
+        run_of("mae", 200, 2, [30, 44], 200),
+        run_of("fast", 200, 2, [34, 42], 280),
+        run_of("fast", 100, 1, [20, 40], 140),
+    ],
+}
+
+
+def test_seconds_until_an_accuracy_are_those_of_a_line_between_probes(tables: ModuleType) -> None:
+    run = run_of("fast", 200, 1, [34, 46], 280)
+    assert tables.seconds_until(run, "linear", 40) == pytest.approx(210)  # half way from 140 to 280
+    assert tables.seconds_until(run, "linear", 34) == pytest.approx(140)
+    assert tables.seconds_until(run, "linear", 10) == pytest.approx(140)  # reached by the first probe
+    assert tables.seconds_until(run, "linear", 46.5) is None
+
+
+def test_the_table_has_means_deviations_and_what_was_not_reached(tables: ModuleType) -> None:
+    head, _, *rows = tables.table(RESULT).splitlines()
+    cells = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]] for row in rows[:3]}
+    names = [name.strip() for name in head.split("|")[2:-1]]
+    mae, fast = (dict(zip(names, cells[name], strict=True)) for name in ("mae", "fast"))
+    assert mae["linear"] == "42.0 ± 2.8"
+    assert fast["× baseline"] == "1.40"
+    assert fast["seeds"] == "2"
+    # Seed 1 passes the baseline's 40 half way; seed 2 ends at 42, below the baseline's 44.
+    assert fast["seconds until the baseline's linear"] == "210 (1 of 2 seeds)"
+    short = dict(zip(names, cells["fast, 1.0 epochs"], strict=True))
+    assert short["linear"] == "40.0"
+    assert short["seconds until the baseline's linear"] == "140"
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds core 0 of the locks in a folder until it is told to end."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from lanes import reserved\n"
+        "with reserved(['core 0'], Path(sys.argv[2])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(BENCHMARKS), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_who_needs_another_core_goes_on_and_who_needs_the_same_waits(
+    lanes: ModuleType, holder: subprocess.Popen[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with lanes.reserved(["core 1"], tmp_path):
+        assert capsys.readouterr().err == ""
+    assert holder.stdin is not None
+    holder.stdin.close()  # it ends, so the wait below does
+    with lanes.reserved(["core 0"], tmp_path):
+        pass
+
+
+def test_a_waiting_process_says_for_whom_and_a_killed_one_holds_nothing(
+    lanes: ModuleType, holder: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from lanes import reserved\n"
+        "with reserved(['core 0'], Path(sys.argv[2])): print('mine', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(BENCHMARKS), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        assert waiting.stderr is not None
+        assert f"core 0 is in use by another benchmark (process {holder.pid}): waiting" in (
+            waiting.stderr.readline()
+        )
+        assert waiting.poll() is None
+        holder.kill()
+        out, _ = waiting.communicate(timeout=60)
+    assert out == "mine\n"
+
+
+def study_command(folder: Path, *words: str) -> list[str]:
+    return [
+        sys.executable, str(BENCHMARKS / "time_to_accuracy.py"), str(PHOTOS / "mae.yaml"),
+        str(PHOTOS / "fast.yaml"), "--epochs", "0.2", "--rounds", "1", "--batches", "2",
+        "--runs", str(folder / "runs"), "--out", str(folder / "study.json"), *words,
+    ]  # fmt: skip
+
+
+def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = study_command(tmp_path)
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as first:
+        first_run = tmp_path / "runs" / "mae-12ba-seed1"
+        for _ in range(1200):
+            if (first_run / "pretrain" / "encoder.pt").exists():
+                break
+            assert first.poll() is None, first.stderr and first.stderr.read().decode()
+            time.sleep(0.1)
+        first.send_signal(signal.SIGKILL)
+    trained = (first_run / "pretrain" / "encoder.pt").stat().st_mtime_ns
+    assert not (tmp_path / "study.json").exists()
+
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (first_run / "pretrain" / "encoder.pt").stat().st_mtime_ns == trained
+    assert "mae-12ba-seed1: pretrain" not in done.stderr
+    result = json.loads((tmp_path / "study.json").read_text())
+    assert {(run["method"], run["seed"]) for run in result["runs"]} == {("mae", 1), ("fast", 1)}
+    for run in result["runs"]:
+        assert set(run["scores"]) == SCORES
+        assert run["probes"][-1]["batch"] == run["batches"]
+        assert run["seconds"] > 0 < run["measured_seconds"]
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    assert "| fast |" in done.stdout
+    assert str(tmp_path) not in json.dumps(result["runs"])
+
+    before = (first_run / "outcome.json").stat().st_mtime_ns
+    again = subprocess.run(
+        study_command(tmp_path, "finetune.optimizer.weight_decay=0.1"),
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert again.returncode == 1
+    assert "holds a run with another recipe of finetune: choose another --runs" in again.stderr
+    assert (first_run / "outcome.json").stat().st_mtime_ns == before
