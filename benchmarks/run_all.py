@@ -20,7 +20,8 @@ import torch
 from runner import FAILED, REPOSITORY, Benchmark, Outcome, Runner
 
 HERE = Path(__file__).parent
-NO_CUDA, NO_IMAGES = "no CUDA device here", "needs --images"
+NO_CUDA, NO_IMAGES, NO_CIFAR10 = "no CUDA device here", "needs --images", "needs --cifar10"
+STUDIED = ("mae", "noise", "no_adapter", "fast", "aemim")
 OTHER_MODELS = ("mae_vit_small_patch16", "simmim_swin_base_patch4_window6")
 
 
@@ -53,6 +54,11 @@ def benchmarks(options: argparse.Namespace, *, cuda: bool) -> list[Benchmark]:
 
     on_device = ("--device", device)
     base = "mae_vit_base_patch16"
+    recipes = [str(HERE / "studies" / "cifar10_gpu" / f"{name}.yaml") for name in STUDIED]
+    no_study = no_device if options.cifar10 else NO_CIFAR10
+    study = [*recipes, "--epochs", "60", "--seeds", "1", "2", "3", "--shares", "0.65", "--at-shares", "fast"]
+    study += ["--runs", str(options.runs.absolute() / device / "time_to_accuracy")]
+    study += [f"data.source={options.cifar10}/train.tar", f"data.test_source={options.cifar10}/test.tar"]
     gpu_cost = (options.out / "cost-cuda.json").absolute()
     cost = made("cost", 6, *on_device, "--models", base)
     other_costs = made("cost_other_models", 12, *on_device, "--models", *OTHER_MODELS, script="cost")
@@ -65,6 +71,8 @@ def benchmarks(options: argparse.Namespace, *, cuda: bool) -> list[Benchmark]:
         made("data", 6, *images, "--cost", str(gpu_cost), missing="" if options.images else NO_IMAGES),
         made("end_to_end", 10, *images),
         *([other_costs] if on_cpu else []),
+        # On a CPU it takes hours.
+        *([] if on_cpu else [made("time_to_accuracy", 25, *study, missing=no_study)]),
         made("faults", 4, "--kills", "20", missing="", result="faults.json"),
         made("scaling", 1, "--json", missing="", prints_result=True, result="scaling.json"),
         made("corruptions", 8, "--seeds", "2", missing="", result="corruptions.json"),
@@ -86,6 +94,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", required=True, choices=["cpu", "cuda"])
     parser.add_argument("--minutes", required=True, type=float, help="for all of them together")
     parser.add_argument("--images", type=Path, help="folder of class folders, or a tar of one")
+    parser.add_argument("--cifar10", type=Path, help="folder of train.tar and test.tar")
     parser.add_argument("--mae-repo", type=Path, help="clone of github.com/facebookresearch/mae")
     parser.add_argument(
         "--again", nargs="+", default=[], metavar="NAME", help="run although they have finished"
@@ -97,7 +106,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
         parser.error(f"--minutes={options.minutes}: expected more than 0")
-    for name in ("images", "mae_repo"):
+    for name in ("images", "cifar10", "mae_repo"):
         path = getattr(options, name)
         if path is not None and not path.exists():
             parser.error(f"--{name.replace('_', '-')}={path}: no such path")

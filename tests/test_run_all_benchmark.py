@@ -204,7 +204,7 @@ def test_the_table_of_benchmarks(run_all: ModuleType, device: str, tmp_path: Pat
     assert ("CUDA" in missing["cost"]) is (device == "cuda")
     assert not missing["faults"]
     (tmp_path / "mae").mkdir()
-    more = ["--images", str(tmp_path), "--mae-repo", str(tmp_path / "mae")]
+    more = ["--images", str(tmp_path), "--cifar10", str(tmp_path), "--mae-repo", str(tmp_path / "mae")]
     full = run_all.benchmarks(run_all.parse([*arguments, *more]), cuda=True)
     assert not any(benchmark.missing for benchmark in full)
     assert len({benchmark.result for benchmark in full}) == len(full)
@@ -220,7 +220,8 @@ def test_the_scripts_take_these_options(
     (tmp_path / "util").mkdir()
     for name in ("models_mae.py", "util/pos_embed.py"):
         (tmp_path / name).touch()
-    more = ["--images", str(tmp_path), "--mae-repo", str(tmp_path), "--out", str(tmp_path)]
+    more = ["--images", str(tmp_path), "--cifar10", str(tmp_path), "--mae-repo", str(tmp_path)]
+    more += ["--out", str(tmp_path)]
     options = run_all.parse(["--device", device, "--minutes", "30", *more])
     for benchmark in run_all.benchmarks(options, cuda=True):
         script = benchmark_script(Path(benchmark.command[1]).stem, monkeypatch)
