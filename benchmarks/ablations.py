@@ -18,7 +18,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from record import environment, write_json
-from study import Job, add_stage_options, batches_per_epoch, check, read_stage_options, run_all
+from study import Job, batches_per_epoch, check, make_runs
+from study_options import add_stage_options, read_stage_options
 from study_tables import mean_and_deviation, score_names
 
 from aemim_algorithm.data.shards import ConversionError
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str]) -> int:
         for job in jobs:
             check(job, recipes)
         print(f"{len(jobs)} runs", file=sys.stderr, flush=True)
-        outcomes, whole = run_all(jobs, recipes)
+        outcomes, whole = make_runs(jobs, recipes, finished=options.finished)
     except (RecipeError, ConversionError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -6,19 +6,18 @@ made again. The cores and GPUs of this process are held while a stage runs (`lan
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lanes import reserved
 from processes import execute, last_line
+from study_outcomes import outcome_of
 
-from aemim_algorithm.callbacks.history import read_history
 from aemim_algorithm.environment import write_json
 from aemim_algorithm.recipes.datasets import train_shards
 from aemim_algorithm.recipes.dry_run import count_images
@@ -33,7 +32,7 @@ __all__ = [
     "StageError",
     "batches_per_epoch",
     "check",
-    "outcome_of",
+    "make_runs",
     "run",
     "split_overrides",
 ]
@@ -139,7 +138,7 @@ def run(job: Job, recipes: Recipes) -> dict[str, Any]:
     """Make a run, or go on with it, or read what it left.
 
     Returns:
-        See :func:`outcome_of`.
+        ``method``, ``batches``, ``seed``, ``settings`` and what :func:`outcome_of` says.
 
     Raises:
         StageError: If a stage fails, or the folder holds a run with other settings.
@@ -152,82 +151,38 @@ def run(job: Job, recipes: Recipes) -> dict[str, Any]:
     for stage in _STAGES:
         if not _is_done(stage, folder):
             _run_stage(stage, arguments[stage], folder)
-    outcome = outcome_of(job, folder) | {"settings": settings}
+    identity = {"method": job.method, "batches": job.batches, "seed": job.seed}
+    outcome = identity | outcome_of(folder) | {"settings": settings}
     write_json(outcome, folder / OUTCOME)
     return outcome
 
 
-def run_all(jobs: Iterable[Job], recipes: Recipes) -> tuple[list[dict[str, Any]], bool]:
+def make_runs(
+    jobs: Sequence[Job], recipes: Recipes, *, finished: bool = False
+) -> tuple[list[dict[str, Any]], bool]:
     """Make runs one after the other; one that fails is named and left out.
 
+    Args:
+        jobs: The runs.
+        recipes: What they share.
+        finished: Make none: read those that have finished, and name the others.
+
     Returns:
-        See :func:`outcome_of`, of each that did not fail; and whether all of them did not.
+        See :func:`run`, of each that there is; and whether none has failed.
     """
-    outcomes, whole = [], True
+    outcomes, missing, whole = [], [], True
     for job in jobs:
         try:
-            outcomes.append(run(job, recipes))
+            if finished and not (recipes.folder / job.name / OUTCOME).exists():
+                missing.append(job.name)
+            else:
+                outcomes.append(run(job, recipes))
         except StageError as error:
             print(error, file=sys.stderr)
             whole = False
+    if missing:
+        print(f"missing: {', '.join(missing)}", file=sys.stderr)
     return outcomes, whole
-
-
-def add_stage_options(parser: argparse.ArgumentParser) -> None:
-    """Options that all studies have."""
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--finetune", type=Path, help="default: finetune.yaml beside the first recipe")
-    parser.add_argument("--evaluate", type=Path, help="default: evaluate.yaml beside the first recipe")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs")
-
-
-def read_stage_options(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, words: Sequence[str]
-) -> list[Path]:
-    """Check those options, and tell the recipes from the overrides; ends with code 2 if they make no sense.
-
-    Returns:
-        The recipes; ``options.overrides`` has the rest, ``options.recipes`` what all runs share.
-    """
-    options.overrides = [word for word in words if "=" in word]
-    paths = [Path(word) for word in words if "=" not in word]
-    if not paths or len({path.stem for path in paths}) < len(paths):
-        parser.error(f"got {', '.join(map(str, paths)) or 'no recipe'}: expected recipes of different names")
-    finetune = options.finetune or paths[0].with_name("finetune.yaml")
-    evaluate = options.evaluate or paths[0].with_name("evaluate.yaml")
-    named = [("RECIPE", path) for path in paths] + [("--finetune", finetune), ("--evaluate", evaluate)]
-    for name, path in named:
-        if not path.is_file():
-            parser.error(f"{name}={path}: no such file")
-    if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
-        parser.error(f"--seeds={options.seeds}: expected different numbers from 0")
-    options.recipes = Recipes(finetune, evaluate, split_overrides(options.overrides), options.runs)
-    return paths
-
-
-def outcome_of(job: Job, folder: Path) -> dict[str, Any]:
-    """What a finished run has to say.
-
-    Returns:
-        ``method``, ``batches``, ``seed``; ``seconds`` of training as measured; ``probes``, a list of
-        ``batch``, ``knn`` and ``linear``; ``losses``, every hundredth of the way; ``scores`` in percent,
-        where ``finetuned`` is on all test images and the others are on those of the evaluation.
-    """
-    history = read_history(folder / "pretrain")
-    batches = [line for line in history if "eval" not in line]
-    evaluated = json.loads((folder / "evaluate" / "results.json").read_text(encoding="utf-8"))
-    finetuned = [line["eval"] for line in read_history(folder / "finetune") if "eval" in line][-1]
-    every = max(1, len(batches) // 100)
-    return {
-        "method": job.method,
-        "batches": job.batches,
-        "seed": job.seed,
-        "seconds": batches[-1]["seconds"],
-        "probes": [_probe(line) for line in history if "probe/linear" in line.get("eval", ())],
-        "losses": [_losses(line) for line in batches[::every]],
-        "scores": {"finetuned": 100 * finetuned["eval/top1"]} | _scores(evaluated),
-        "corruptions": (evaluated.get("corruptions") or {}).get("accuracy"),
-    }
 
 
 def _arguments(job: Job, recipes: Recipes) -> dict[str, list[str]]:
@@ -303,27 +258,3 @@ def _run_stage(stage: str, words: Sequence[str], folder: Path) -> None:
         )
     if code:
         raise StageError(f"{stage} of {folder.name} failed: {last_line(log)} ({log})")
-
-
-def _probe(line: Mapping[str, Any]) -> dict[str, float]:
-    scores = line["eval"]
-    return {"batch": line["batch"], "knn": scores["probe/knn"], "linear": scores["probe/linear"]}
-
-
-def _losses(line: Mapping[str, Any]) -> dict[str, float]:
-    """The batch, its losses, and what was measured of the attack."""
-    kept = ("loss/train/", "aemim/")
-    return {"batch": line["batch"]} | {key: value for key, value in line.items() if key.startswith(kept)}
-
-
-def _scores(evaluated: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracies in percent, by the names of the tables."""
-    found = {}
-    for row in evaluated["results"]:
-        if row.get("attack"):
-            found[f"{row['attack'].upper()} ε={row['epsilon']:g}"] = row["value"]
-        elif row["metric"] == "top1":
-            found[row["set"]] = row["value"]
-        elif row["metric"] == "unnormalised corruption error":
-            found["corruptions"] = 100 - row["value"]
-    return found

@@ -29,7 +29,8 @@ import torch
 from end_to_end import turn
 from lanes import reserved
 from record import environment, write_json
-from study import Job, Recipes, add_stage_options, batches_per_epoch, check, read_stage_options, run_all
+from study import Job, Recipes, batches_per_epoch, check, make_runs
+from study_options import add_stage_options, read_stage_options
 from study_plots import draw
 from study_tables import table
 from turns import measure
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
         plan = calibrate(options, recipes)
         jobs = jobs_of(options, plan)
         _announce(jobs, plan)
-        outcomes, whole = run_all(jobs, recipes)
+        outcomes, whole = make_runs(jobs, recipes, finished=options.finished)
     except (RecipeError, ConversionError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -82,12 +82,13 @@ def test_the_table_has_a_row_for_each_setting_and_the_papers_number(
 ) -> None:
     found = {"AEMIM": (50.0, 52.0), "without AEMIM": (49.0, 49.0), "loss reconstruction": (48.0, 47.0)}
 
-    def made(jobs: Any, recipes: Any) -> Any:
+    def made(jobs: Any, recipes: Any, *, finished: bool) -> Any:
+        assert not finished
         return [
             outcome(job.method, job.seed, found.get(job.method, (45, 46))[job.seed - 1]) for job in jobs
         ], True
 
-    monkeypatch.setattr(ablations, "run_all", made)
+    monkeypatch.setattr(ablations, "make_runs", made)
     monkeypatch.setattr(ablations, "batches_per_epoch", lambda *_: 20)
     out = tmp_path / "ablations.json"
     words = ["--groups", "loss", "loss_ratio", "--seeds", "1", "2", "--out", str(out)]

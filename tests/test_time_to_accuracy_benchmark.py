@@ -235,12 +235,13 @@ def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> N
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as first:
         first_run = tmp_path / "runs" / "mae-12ba-seed1"
-        for _ in range(1200):
-            if (first_run / "pretrain" / "encoder.pt").exists():
+        for _ in range(6000):
+            if (first_run / "pretrain" / "encoder.pt").exists() or first.poll() is not None:
                 break
-            assert first.poll() is None, first.stderr and first.stderr.read().decode()
             time.sleep(0.1)
         first.send_signal(signal.SIGKILL)
+        assert first.stderr is not None
+        assert (first_run / "pretrain" / "encoder.pt").exists(), first.stderr.read().decode()
     trained = (first_run / "pretrain" / "encoder.pt").stat().st_mtime_ns
     assert not (tmp_path / "study.json").exists()
 
@@ -259,6 +260,14 @@ def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> N
     assert (tmp_path / "study.png").stat().st_size > 10_000
     assert "| fast |" in done.stdout
     assert str(tmp_path) not in json.dumps(result["runs"])
+
+    some = subprocess.run(
+        study_command(tmp_path, "--seeds", "1", "2", "--finished"),
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert some.returncode == 0, some.stderr
+    assert "missing: mae-12ba-seed2, " in some.stderr
+    assert some.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
     before = (first_run / "outcome.json").stat().st_mtime_ns
     again = subprocess.run(
