@@ -1,7 +1,8 @@
 """Who may use which cores and GPUs now: benchmarks that overlap wait for one another.
 
-Each core that this process may run on, and each GPU that it sees, has a lock file. Two benchmarks that
-`taskset` or `CUDA_VISIBLE_DEVICES` keep apart run side by side; all others one after the other.
+Each core that this process may run on, with the other threads of the same core, and each GPU that it sees has
+a lock file. Two benchmarks that `taskset`, and on GPUs `CUDA_VISIBLE_DEVICES` as well, keep apart run side by
+side; all others one after the other.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,9 +20,14 @@ import torch
 __all__ = ["devices", "reserved"]
 
 
+_FOLDER = Path("/tmp/aemim-benchmarks")  # not $TMPDIR, which may differ between processes
+_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+
 def devices() -> list[str]:
     """Names of the cores and GPUs of this process, in an order that is the same for all processes."""
-    cores = [f"core {number}" for number in sorted(os.sched_getaffinity(0))]
+    numbers = {number for own in os.sched_getaffinity(0) for number in _siblings(own)}
+    cores = [f"core {number}" for number in sorted(numbers)]
     gpus = [
         f"GPU {torch.cuda.get_device_properties(number).uuid}" for number in range(torch.cuda.device_count())
     ]
@@ -37,9 +42,9 @@ def reserved(names: list[str] | None = None, folder: Path | None = None) -> Iter
 
     Args:
         names: What to hold; ``None``: :func:`devices`.
-        folder: Of the lock files; ``None``: the machine's folder for temporary files.
+        folder: Of the lock files; ``None``: the machine's own.
     """
-    folder = folder or Path(tempfile.gettempdir(), "aemim-benchmarks")
+    folder = folder or _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         for name in devices() if names is None else names:
@@ -49,6 +54,18 @@ def reserved(names: list[str] | None = None, folder: Path | None = None) -> Iter
             file.write(str(os.getpid()).encode())
             file.flush()
         yield
+
+
+def _siblings(core: int) -> set[int]:
+    """The logical cores that share one core's arithmetic, itself among them."""
+    file = Path(_SIBLINGS.format(core))
+    if not file.exists():
+        return {core}
+    found: set[int] = set()
+    for part in file.read_text().strip().split(","):  # "0,64" or "0-1"
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
 
 
 def _lock(file: IO[bytes], name: str) -> None:

@@ -17,7 +17,7 @@ from aemim_algorithm.losses import total_loss
 from aemim_algorithm.recipes.datasets import train_shards
 from aemim_algorithm.recipes.preflight import prepare
 from aemim_algorithm.recipes.pretrain import build_trainer, pretrain
-from aemim_algorithm.recipes.training import fit
+from aemim_algorithm.recipes.training import fit, running
 
 BF16 = "precision=amp_bf16"
 
@@ -52,7 +52,7 @@ def test_steps_are_those_with_only_the_forward_in_autocast(
     trainer.state.callbacks.append(rates)
     before = copy.deepcopy(model.state_dict())
     model.register_forward_pre_hook(lambda _, arguments: batches.append(arguments[0]))
-    fit(trainer, recipe)
+    fit(trainer)
     trainer.close()
     trained = copy.deepcopy(model.state_dict())
 
@@ -90,3 +90,36 @@ def test_it_is_another_arithmetic_and_the_weights_stay_float32(tmp_path: Path, i
         assert {value.dtype for value in weights.values()} == {torch.float32}
     assert losses["amp_bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["amp_bf16"] != losses["fp32"]
+
+
+def test_the_images_are_those_of_float32(tmp_path: Path, images: Path) -> None:
+    """Cropping is a product of matrices: in autocast, half of the pixels would be others."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    for precision in ("fp32", "amp_bf16"):
+        (tmp_path / precision).mkdir()
+        recipe = recipe_in(
+            tmp_path / precision, images, f"precision={precision}", "data.resident=true", "max_duration=3ba"
+        )
+        trainer = build_trainer(recipe, prepare(recipe), train_shards(recipe.data))
+        batches = seen.setdefault(precision, [])
+        trainer.state.model.register_forward_pre_hook(
+            lambda _, arguments, to=batches: to.append(arguments[0]["image"])
+        )
+        fit(trainer)
+        trainer.close()
+    for single, half in zip(seen["fp32"][::2], seen["amp_bf16"][::2], strict=True):  # not the attacked ones
+        assert torch.equal(single, half)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_error_in_the_forward_leaves_no_autocast(tmp_path: Path, images: Path) -> None:
+    recipe = recipe_in(tmp_path, images, BF16)
+    trainer = build_trainer(recipe, prepare(recipe), train_shards(recipe.data))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no luck")
+
+    trainer.state.model.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="no luck"), running(recipe, trainer):
+        fit(trainer)
+    assert not torch.is_autocast_enabled("cpu")

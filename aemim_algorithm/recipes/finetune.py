@@ -85,7 +85,7 @@ def finetune(recipe: FineTuneRecipe) -> FineTuned:
     with running(recipe, trainer) as folder:
         if dist.get_global_rank() == 0:
             keep_architecture(recipe, plan)
-        fit(trainer, recipe)
+        fit(trainer)
         accuracy = final_accuracy(trainer, recipe, len(tests))
         state = full_state(trainer.state.model)
     if dist.get_global_rank() == 0:

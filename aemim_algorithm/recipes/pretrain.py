@@ -78,7 +78,7 @@ def pretrain(recipe: Recipe) -> Outputs:
         probe.set_folders(train_folder, test_folder)
     trainer = build_trainer(recipe, parts, train_folder)
     with running(recipe, trainer) as folder:
-        fit(trainer, recipe)
+        fit(trainer)
         state = full_state(trainer.state.model)
     # The last barrier is behind: nobody waits for the first process, whatever it takes.
     encoder, scores = folder / "encoder.pt", Scores()

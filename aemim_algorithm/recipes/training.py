@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer import Trainer
 from composer.core import Callback, DataSpec, Evaluator, Time
 from composer.models import ComposerModel
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 
 from aemim_algorithm.callbacks import AtomicCheckpoints, BrokenImages, FiniteCheck
+from aemim_algorithm.callbacks.cpu_autocast import CpuAutocast
 from aemim_algorithm.callbacks.history import History
 from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
 from aemim_algorithm.data.resident import resident_data
@@ -140,6 +140,7 @@ def make_trainer(
     """
     interactive = sys.stderr.isatty()
     randomness = RestoredRandomness()
+    precision, on_cpu = precision_of(recipe), not on_gpu(recipe)
     trainer = Trainer(
         model=model,
         train_dataloader=data,
@@ -152,6 +153,7 @@ def make_trainer(
             FiniteCheck(on_nonfinite=recipe.on_nonfinite),
             randomness,
             BrokenImages(recipe.data.max_broken),
+            *([CpuAutocast()] if on_cpu and precision == "amp_bf16" else []),
             *callbacks,
             *parts.callbacks,
             # Last, so that a checkpoint holds what the others have counted.
@@ -163,7 +165,7 @@ def make_trainer(
         run_name=recipe.run_name,
         seed=recipe.seed,
         device=recipe.device,
-        precision=precision_of(recipe) if on_gpu(recipe) else "fp32",
+        precision="fp32" if on_cpu else precision,
         device_train_microbatch_size=microbatch_of(recipe),
         parallelism_config=parts.parallelism,
         compile_config={} if recipe.compile else None,
@@ -196,24 +198,12 @@ def running(recipe: TrainingRecipe, trainer: Trainer) -> Iterator[Path]:
     trainer.close()
 
 
-def fit(trainer: Trainer, recipe: TrainingRecipe) -> None:
+def fit(trainer: Trainer) -> None:
     """Train to the end; a finished run that is started again has nothing left to train."""
     state = trainer.state
     # Composer calls that an error.
     if state.max_duration is not None and state.timestamp < state.max_duration:
-        with _autocast_on_cpu(recipe):
-            trainer.fit()
-
-
-def _autocast_on_cpu(recipe: TrainingRecipe) -> AbstractContextManager[Any]:
-    """Composer knows no autocast of the CPU, so it is around all of training.
-
-    The backward pass is inside, where it changes nothing: its products have the operands of the forward's.
-    There is no cache of the weights in bfloat16: it would end with the context, and not with a step.
-    """
-    if on_gpu(recipe) or precision_of(recipe) != "amp_bf16":
-        return nullcontext()
-    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+        trainer.fit()
 
 
 def full_state(model: nn.Module) -> dict[str, Any]:

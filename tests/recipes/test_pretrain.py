@@ -178,7 +178,7 @@ def test_a_folder_with_checkpoints_only_is_not_written_over(images: Path, tmp_pa
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("precision=amp_bf16", "precision=amp_bf16"),
+        ("precision=amp_fp16", "precision=amp_fp16"),
         ("device_train_microbatch_size=auto", "device_train_microbatch_size=auto"),
         ("parallelism={fsdp2: {data_parallel_replicate_degree: 0}}", "degree=0: expected a divisor of the 1"),
         ("parallelism={fsdp2: {data_parallel_replicate_degree: 3}}", "degree=3: expected a divisor of the 1"),
