@@ -10,6 +10,7 @@ have say what else could matter at a small scale. Stopped at any time, the same 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from study import Job, batches_per_epoch, check, make_runs
 from study_options import add_stage_options, read_stage_options
 from study_tables import mean_and_deviation, score_names
 
+from aemim_algorithm import AEMIM
 from aemim_algorithm.data.shards import ConversionError
 from aemim_algorithm.evaluation.plots import COLOURS, Point, draw_curves, save_figure
 from aemim_algorithm.recipes.layers import RecipeError
+from aemim_algorithm.recipes.schema import load_recipe
 
 BASELINE, DEFAULT = "without AEMIM", "AEMIM"
 PAPER = {BASELINE: 80.9, DEFAULT: 81.4}
@@ -39,12 +42,14 @@ class Group:
 
     Attributes:
         title: What the table calls them.
+        key: The argument of AEMIM.
         default: The setting that is the recipe as it is.
         overrides: What each other setting changes.
         paper: What the paper reports of a setting, top-1 in percent.
     """
 
     title: str
+    key: str
     default: str
     overrides: Mapping[str, tuple[str, ...]]
     paper: Mapping[str, float]
@@ -54,7 +59,7 @@ def _of(title: str, key: str, default: str, values: Mapping[str, float | None]) 
     """Settings of one argument of AEMIM, with the paper's numbers where it has them."""
     changed = {value: (f"algorithms.aemim.{key}={value}",) for value in values if value != default}
     known = {value: number for value, number in values.items() if number is not None}
-    return Group(title, default, changed, known)
+    return Group(title, key, default, changed, known)
 
 
 GROUPS = {
@@ -91,6 +96,26 @@ def jobs_of(options: argparse.Namespace, per_epoch: int) -> list[Job]:
         for seed in options.seeds
         for method, (recipe, overrides) in settings.items()
     ]
+
+
+def require_default(recipe: Path, overrides: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a recipe that is not what the tables call it.
+
+    Raises:
+        RecipeError: If an argument of AEMIM is not the default of its group.
+    """
+    algorithms = load_recipe(recipe, overrides).algorithms
+    if "aemim" not in algorithms:
+        raise RecipeError(f"{recipe}: algorithms: expected aemim among them")
+    values = {name: value.default for name, value in inspect.signature(AEMIM).parameters.items()}
+    values |= algorithms["aemim"] or {}
+    for name in names:
+        key = GROUPS[name].key
+        expected = None if key == "step_size" else GROUPS[name].default
+        if str(values[key]) != str(expected):
+            raise RecipeError(
+                f"{recipe}: algorithms.aemim.{key}={values[key]}: expected {expected}, the default of {name}"
+            )
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -183,6 +208,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     result, recipes = environment("benchmarks/ablations.py", arguments), options.recipes
     try:
+        require_default(options.recipe, recipes.overrides["pretrain"], options.groups)
         per_epoch = batches_per_epoch(options.recipe, recipes.overrides["pretrain"])
         jobs = jobs_of(options, per_epoch)
         for job in jobs:
@@ -197,9 +223,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     if outcomes:
         result |= {"epochs": options.epochs, "groups": options.groups, "overrides": options.overrides}
-        result["runs"] = [
-            {key: value for key, value in outcome.items() if key != "settings"} for outcome in outcomes
-        ]
+        result["runs"] = outcomes
         write_json(result, options.out)
         draw_losses(result, options.out.with_name(f"{options.out.stem}-losses.png"))
         draw_loss_ratio(result, options.out.with_name(f"{options.out.stem}-loss-ratio.png"))

@@ -6,6 +6,7 @@ made again. The cores and GPUs of this process are held while a stage runs (`lan
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -16,12 +17,14 @@ from typing import Any
 
 from lanes import reserved
 from processes import execute, last_line
+from record import environment, write_json
 from study_outcomes import outcome_of
 
-from aemim_algorithm.environment import write_json
+from aemim_algorithm.environment import write_text
 from aemim_algorithm.recipes.datasets import train_shards
 from aemim_algorithm.recipes.dry_run import count_images
 from aemim_algorithm.recipes.evaluate_schema import load_evaluate_recipe
+from aemim_algorithm.recipes.layers import RecipeError
 from aemim_algorithm.recipes.preflight import prepare
 from aemim_algorithm.recipes.schema import load_finetuning, load_recipe
 
@@ -34,6 +37,7 @@ __all__ = [
     "check",
     "make_runs",
     "run",
+    "settings_of",
     "split_overrides",
 ]
 
@@ -43,6 +47,7 @@ PROBES = 4
 
 _SHARED = ("data.source", "data.test_source", "data.cache", "data.workers")
 _STAGES = ("pretrain", "finetune", "evaluate")
+_OURS = ("max_duration", "seed", "run_name", "save_folder", "callbacks.online_probe.interval")
 
 
 class StageError(RuntimeError):
@@ -95,7 +100,12 @@ def split_overrides(overrides: Sequence[str]) -> dict[str, list[str]]:
     """What each stage is told: ``finetune.`` and ``evaluate.`` name theirs, all else is of pre-training.
 
     The data are named once: fine-tuning takes them from pre-training, evaluation the test images.
+
+    Raises:
+        ValueError: If pre-training is told what the study decides.
     """
+    if fixed := [override for override in overrides if override.partition("=")[0] in _OURS]:
+        raise ValueError(f"{fixed[0]}: the study sets that of pre-training")
     stages: dict[str, list[str]] = {stage: [] for stage in _STAGES}
     for override in overrides:
         stage, dot, rest = override.partition(".")
@@ -119,7 +129,14 @@ def check(job: Job, recipes: Recipes) -> None:
     loaded = {
         stage: _LOADERS[stage](words[0], words[1:]) for stage, words in _arguments(job, recipes).items()
     }
-    prepare(loaded["pretrain"])
+    recipe = loaded["pretrain"]
+    if not recipe.schedule.warmup.endswith("dur") or recipe.schedule.milestones:
+        raise RecipeError(
+            f"{job.recipe}: schedule.warmup={recipe.schedule.warmup}, "
+            f"milestones={recipe.schedule.milestones}: expected a share such as 0.05dur and no milestones: "
+            "runs of a study differ in length"
+        )
+    prepare(recipe)
 
 
 def batches_per_epoch(recipe: Path, overrides: Sequence[str]) -> int:
@@ -129,7 +146,7 @@ def batches_per_epoch(recipe: Path, overrides: Sequence[str]) -> int:
         RecipeError: If the recipe cannot run here.
         ConversionError: If the images cannot be converted.
     """
-    loaded = load_recipe(recipe, [*overrides, "save_folder=runs/counted", "max_duration=1ep"])
+    loaded = load_recipe(recipe, [*overrides, "save_folder=runs/counted"])
     prepare(loaded)
     return (count_images(str(train_shards(loaded.data))) or 0) // loaded.global_batch_size
 
@@ -138,23 +155,36 @@ def run(job: Job, recipes: Recipes) -> dict[str, Any]:
     """Make a run, or go on with it, or read what it left.
 
     Returns:
-        ``method``, ``batches``, ``seed``, ``settings`` and what :func:`outcome_of` says.
+        ``method``, ``batches``, ``seed``, ``environment`` and what :func:`outcome_of` says.
 
     Raises:
         StageError: If a stage fails, or the folder holds a run with other settings.
     """
     folder = recipes.folder / job.name
     arguments = _arguments(job, recipes)
-    settings = _settings(arguments)
-    if (finished := _finished(folder, settings)) is not None:
-        return finished
-    for stage in _STAGES:
-        if not _is_done(stage, folder):
-            _run_stage(stage, arguments[stage], folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may have the same run
+        for stage in _STAGES:
+            _require_same(stage, arguments[stage], folder)
+        if not (folder / OUTCOME).exists():
+            for stage in _STAGES:
+                if not _is_done(stage, folder):
+                    _run_stage(stage, arguments[stage], folder)
+            write_json(_outcome(job, folder), folder / OUTCOME)
+    found: dict[str, Any] = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+    return found
+
+
+def _outcome(job: Job, folder: Path) -> dict[str, Any]:
+    try:
+        found = outcome_of(folder)
+    except (ValueError, LookupError, OSError) as error:
+        raise StageError(f"{folder} cannot be read ({error}): delete it") from error
+    machine = environment(str(job.recipe), ())
+    known = {key: machine[key] for key in ("date", "hardware", "versions")}
     identity = {"method": job.method, "batches": job.batches, "seed": job.seed}
-    outcome = identity | outcome_of(folder) | {"settings": settings}
-    write_json(outcome, folder / OUTCOME)
-    return outcome
+    return identity | found | {"environment": known | {"cores": len(os.sched_getaffinity(0))}}
 
 
 def make_runs(
@@ -224,19 +254,18 @@ _LOADERS: dict[str, Any] = {
 }
 
 
-def _settings(arguments: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """The resolved recipe of each stage."""
-    return {stage: repr(_LOADERS[stage](words[0], words[1:])) for stage, words in arguments.items()}
+def settings_of(stage: str, words: Sequence[str]) -> str:
+    """The resolved recipe of a stage."""
+    return repr(_LOADERS[stage](words[0], words[1:]))
 
 
-def _finished(folder: Path, settings: Mapping[str, str]) -> dict[str, Any] | None:
-    file = folder / OUTCOME
+def _require_same(stage: str, words: Sequence[str], folder: Path) -> None:
+    """Note what a stage is told before it starts; refuse to go on with what was told something else."""
+    file, settings = folder / f"{stage}.settings", settings_of(stage, words)
     if not file.exists():
-        return None
-    outcome: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if changed := [stage for stage in _STAGES if outcome["settings"].get(stage) != settings[stage]]:
-        raise StageError(f"{folder} holds a run with another recipe of {changed[0]}: choose another --runs")
-    return outcome
+        write_text(settings, file)
+    elif file.read_text(encoding="utf-8") != settings:
+        raise StageError(f"{folder} holds a run with another recipe of {stage}: choose another --runs")
 
 
 def _is_done(stage: str, folder: Path) -> bool:
@@ -248,7 +277,6 @@ def _is_done(stage: str, folder: Path) -> bool:
 
 def _run_stage(stage: str, words: Sequence[str], folder: Path) -> None:
     log = folder / f"{stage}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     command = [sys.executable, "-m", "aemim_algorithm", stage, *words]
     with reserved(), log.open("ab") as lines:

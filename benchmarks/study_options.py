@@ -40,5 +40,8 @@ def read_stage_options(
             parser.error(f"{name}={path}: no such file")
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
         parser.error(f"--seeds={options.seeds}: expected different numbers from 0")
-    options.recipes = Recipes(finetune, evaluate, split_overrides(options.overrides), options.runs)
+    try:
+        options.recipes = Recipes(finetune, evaluate, split_overrides(options.overrides), options.runs)
+    except ValueError as error:
+        parser.error(str(error))
     return paths

@@ -6,7 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Group", "group_name", "groups", "mean_and_deviation", "score_names", "seconds_until", "table"]
+__all__ = ["Group", "groups", "mean_and_deviation", "score_names", "seconds_until", "table"]
+
+_NOTES = """Mean ± sample standard deviation over seeds; accuracies in percent. Seconds: batches times those
+of a batch in turns; measured: as they passed."""
 
 Result = Mapping[str, Any]
 Group = Sequence[Mapping[str, Any]]
@@ -14,20 +17,18 @@ Group = Sequence[Mapping[str, Any]]
 
 
 def groups(result: Result) -> dict[str, Group]:
-    """Runs by method and length, in the order in which they were made."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """Runs of one method and length, by what they are called, in the order in which they were made."""
+    found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for run in result["runs"]:
-        found.setdefault(group_name(result, run), []).append(run)
-    return {name: found[name] for name in found}
-
-
-def group_name(result: Result, run: Mapping[str, Any]) -> str:
-    """The method; of a run of another length with its epochs."""
-    method = run["method"]
-    per_epoch = result["batches_per_epoch"][method]
-    if run["batches"] == round(result["epochs"] * per_epoch):
-        return str(method)
-    return f"{method}, {run['batches'] / per_epoch:.1f} epochs"
+        found.setdefault((run["method"], run["batches"]), []).append(run)
+    named: dict[str, Group] = {}
+    for (method, batches), runs in found.items():
+        per_epoch = result["batches_per_epoch"][method]
+        name = method
+        if batches != round(result["epochs"] * per_epoch):
+            name = f"{method}, {batches / per_epoch:.1f} epochs"
+        named[name if name not in named else f"{name} ({batches} batches)"] = runs
+    return named
 
 
 def table(result: Result) -> str:
@@ -35,7 +36,7 @@ def table(result: Result) -> str:
     rows, base = groups(result), _base(result)
     names = score_names(result)
     probes = {"k-NN": "knn", "linear": "linear"}
-    heads = ["pre-training", "epochs", "seeds", "seconds", "× baseline", *probes, *names]
+    heads = ["pre-training", "epochs", "seeds", "seconds", "× baseline", "measured", *probes, *names]
     heads += [f"seconds until the baseline's {probe}" for probe in probes]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, runs in rows.items():
@@ -45,7 +46,8 @@ def table(result: Result) -> str:
             f"{first['batches'] / result['batches_per_epoch'][first['method']]:.1f}",
             str(len(runs)),
             f"{first['seconds']:.0f}",
-            f"{first['seconds'] / base[0]['seconds']:.2f}",
+            f"{first['seconds'] / base[0]['seconds']:.2f}" if base else "–",
+            _cell([run["measured_seconds"] for run in runs], digits=0),
             *(
                 _cell([run["probes"][-1][probe] for run in runs if run["probes"]])
                 for probe in probes.values()
@@ -54,7 +56,7 @@ def table(result: Result) -> str:
             *(_until(runs, base, probe) for probe in probes.values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Mean ± sample standard deviation over seeds; accuracies in percent."])
+    return "\n".join([*lines, "", _NOTES])
 
 
 def score_names(result: Result) -> list[str]:
@@ -68,7 +70,9 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def seconds_until(run: Mapping[str, Any], probe: str, target: float) -> float | None:
-    """When the probes of a run first reach an accuracy; between two of them, along a line.
+    """When the probes of a run reach an accuracy for good; between two of them, along a line.
+
+    For good, because probes go up and down: a run would often meet its own final accuracy half way by luck.
 
     Args:
         run: Of the result, with ``seconds``, ``batches`` and ``probes``.
@@ -76,24 +80,24 @@ def seconds_until(run: Mapping[str, Any], probe: str, target: float) -> float | 
         target: In percent.
 
     Returns:
-        Seconds of pre-training; ``None`` if it is not reached.
+        Seconds of pre-training; ``None`` if it does not end there.
     """
     a_batch = run["seconds"] / run["batches"]
-    before: tuple[float, float] | None = None
-    for point in run["probes"]:
+    after: tuple[float, float] | None = None
+    for point in reversed(run["probes"]):
         seconds, value = a_batch * point["batch"], point[probe]
-        if value >= target:
-            if before is None or value == before[1]:
-                return float(seconds)
-            share = (target - before[1]) / (value - before[1])
-            return float(before[0] + share * (seconds - before[0]))
-        before = seconds, value
-    return None
+        if value < target:
+            if after is None:
+                return None
+            share = (target - value) / (after[1] - value)
+            return float(seconds + share * (after[0] - seconds))
+        after = seconds, value
+    return None if after is None else after[0]
 
 
 def _base(result: Result) -> Group:
-    """The baseline's runs of the study's epochs."""
-    return groups(result)[str(result["baseline"])]
+    """The baseline's runs of the study's epochs, if there are any."""
+    return groups(result).get(str(result["baseline"]), ())
 
 
 def _until(runs: Group, base: Group, probe: str) -> str:

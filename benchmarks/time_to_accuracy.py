@@ -8,7 +8,8 @@ of the baseline's seconds, too. Seconds are batches times the seconds of a batch
 those that passed while a run trained stand beside them. Probes count in neither.
 
 Stopped at any time, the same command goes on. Runs that may use the same core or GPU wait for one another;
-`taskset -c 0` and `taskset -c 1` with other `--seeds` share the work, and the last one to end has all of it.
+`taskset -c 0` and `taskset -c 1` with other `--seeds` share the work, and `--finished` with all seeds puts it
+together.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from end_to_end import turn
 from lanes import reserved
 from record import environment, write_json
-from study import Job, Recipes, batches_per_epoch, check, make_runs
+from study import Job, Recipes, batches_per_epoch, check, make_runs, settings_of
 from study_options import add_stage_options, read_stage_options
 from study_plots import draw
 from study_tables import table
@@ -75,43 +76,76 @@ def jobs_of(options: argparse.Namespace, plan: Mapping[str, Any]) -> list[Job]:
 def calibrate(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
     """Measure the seconds of a batch of every recipe, in turns; once for a folder of runs.
 
+    A recipe that comes later is measured beside the baseline, whose first figures stay.
+
     Returns:
-        ``batch_seconds``, one entry a round, and ``batches_per_epoch``, by method, and ``environment``.
+        ``batch_seconds``, one entry a round, and ``batches_per_epoch``, by method; ``settings`` and
+        ``environment`` of each.
 
     Raises:
-        RecipeError: If a recipe cannot run here.
+        RecipeError: If a recipe cannot run here, or the folder's figures are of other settings or cores.
         ConversionError: If the images cannot be converted.
     """
-    file = recipes.folder / PLAN
+    file, settings = recipes.folder / PLAN, _settings(options, recipes)
     recipes.folder.mkdir(parents=True, exist_ok=True)
     with open(recipes.folder / f".{PLAN}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the same study may be at it
         plan: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        missing = [method for method in options.methods if method not in plan.get("batch_seconds", {})]
-        if missing:
+        known: dict[str, str] = plan.get("settings", {})
+        for method in options.methods:
+            if method in known and known[method] != settings[method]:
+                raise RecipeError(
+                    f"{file} was measured with another recipe {method}, or on other cores: choose another "
+                    "--runs"
+                )
+        if missing := [method for method in options.methods if method not in known]:
+            base = next(iter(options.methods))
             with reserved():
-                plan = _measured(options, recipes)
+                found = _measured(options, recipes, list(dict.fromkeys([base, *missing])))
+            plan = _joined(plan, found, base) | {"settings": known | settings}
             write_json(plan, file)
     return plan
 
 
-def _measured(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
-    told = [*recipes.overrides["pretrain"], f"max_duration={options.batches}ba", "evaluate=false"]
-    per_epoch = {method: batches_per_epoch(path, told) for method, path in options.methods.items()}
+def _joined(plan: Mapping[str, Any], found: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """Add what was found of new methods, at the speed that the baseline had when it was first measured."""
+    seconds, old = found["batch_seconds"], plan.get("batch_seconds", {}).get(base)
+    speed = statistics.median(old) / statistics.median(seconds[base]) if old else 1.0
+    scaled = {method: [speed * each for each in values] for method, values in seconds.items()}
+    return {part: values | plan.get(part, {}) for part, values in {**found, "batch_seconds": scaled}.items()}
+
+
+def _settings(options: argparse.Namespace, recipes: Recipes) -> dict[str, str]:
+    """What the seconds of a method depend on."""
+    on_gpu = options.device == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else f"{len(os.sched_getaffinity(0))} cores"
+    told = [*recipes.overrides["pretrain"], "run_name=any", "save_folder=any"]
+    return {
+        method: f"{where}: {settings_of('pretrain', [str(path), *told])}"
+        for method, path in options.methods.items()
+    }
+
+
+def _measured(options: argparse.Namespace, recipes: Recipes, methods: Sequence[str]) -> dict[str, Any]:
+    told = [*recipes.overrides["pretrain"], "evaluate=false"]
+    timed = [*told, f"max_duration={options.batches}ba", "schedule.warmup=0ba"]
+    paths = {method: options.methods[method] for method in methods}
+    per_epoch = {method: batches_per_epoch(path, told) for method, path in paths.items()}
     print(f"timing {options.rounds} turns of {options.batches} batches", file=sys.stderr, flush=True)
     with TemporaryDirectory() as scratch:
         contenders = {
             method: partial(
-                turn, path, [*told, f"save_folder={scratch}/{number}"], options.batches, options.device
+                turn, path, [*timed, f"save_folder={scratch}/{number}"], options.batches, options.device
             )
-            for number, (method, path) in enumerate(options.methods.items())
+            for number, (method, path) in enumerate(paths.items())
         }
         threads = len(os.sched_getaffinity(0))
         found = measure(contenders, rounds=options.rounds, device=options.device, threads=threads)
+    here = environment("benchmarks/time_to_accuracy.py", sys.argv[1:]) | {"cores": threads}
     return {
         "batch_seconds": {name: [part["batch"] for part in row["parts"]] for name, row in found.items()},
         "batches_per_epoch": per_epoch,
-        "environment": environment("benchmarks/time_to_accuracy.py", sys.argv[1:]),
+        "environment": dict.fromkeys(methods, here),
     }
 
 
@@ -121,7 +155,7 @@ def summary(
     """All that was found, as it is written."""
     seconds = {method: statistics.median(values) for method, values in plan["batch_seconds"].items()}
     runs = [
-        {key: value for key, value in outcome.items() if key != "settings"}
+        {**outcome}
         | {"measured_seconds": outcome["seconds"], "seconds": outcome["batches"] * seconds[outcome["method"]]}
         for outcome in outcomes
     ]
@@ -130,6 +164,7 @@ def summary(
         "epochs": options.epochs,
         "batches_per_epoch": plan["batches_per_epoch"],
         "batch_seconds": plan["batch_seconds"],
+        "timed_in": plan["environment"],
         "overrides": options.overrides,
         "runs": runs,
     }
@@ -140,9 +175,11 @@ def main(arguments: Sequence[str]) -> int:
     result, recipes = environment("benchmarks/time_to_accuracy.py", arguments), options.recipes
     try:
         for method, path in options.methods.items():
-            check(Job(method, path, 1, options.seeds[0]), recipes)
+            check(Job(method, path, 10**6, options.seeds[0]), recipes)
         plan = calibrate(options, recipes)
         jobs = jobs_of(options, plan)
+        if not all(job.batches for job in jobs):
+            raise RecipeError(f"--epochs={options.epochs}: expected at least a batch of every recipe")
         _announce(jobs, plan)
         outcomes, whole = make_runs(jobs, recipes, finished=options.finished)
     except (RecipeError, ConversionError) as error:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from conftest import benchmark_script
 
+from aemim_algorithm.recipes.layers import RecipeError
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PHOTOS = BENCHMARKS / "studies" / "photos"
 SCORES = {"finetuned", "clean", "corruptions", "FGSM ε=1", "PGD ε=0.51"}
@@ -81,6 +83,7 @@ def test_seeds_come_one_after_the_other(harness: ModuleType) -> None:
         ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--seeds", "1", "1"], "expected different numbers"),
         ([str(PHOTOS / "mae.yaml")] * 2 + ["--epochs", "1"], "recipes of different names"),
         ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--at-shares", "mae"], "--at-shares=mae"),
+        ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "seed=4"], "seed=4: the study sets that"),
         ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--finetune", "no.yaml"], "--finetune=no.yaml"),
     ],
 )
@@ -96,7 +99,8 @@ def test_a_wrong_command_is_one_line_and_code_2(
 def test_a_wrong_override_of_any_stage_is_found_before_anything_is_trained(
     harness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for wrong in ("model.depht=1", "finetune.seeed=1", "evaluate.batch_sise=1"):
+    wrongs = ("model.depht=1", "finetune.seeed=1", "evaluate.batch_sise=1", "schedule.warmup=1ep")
+    for wrong in wrongs:
         arguments = [str(PHOTOS / "mae.yaml"), "--epochs", "1", "--runs", str(tmp_path / "runs"), wrong]
         assert harness.main(arguments) == 2
         assert wrong.partition("=")[0].rpartition(".")[2] in capsys.readouterr().err
@@ -118,6 +122,72 @@ def test_the_data_are_named_once(study: ModuleType) -> None:
     assert told["evaluate"] == ["sets.clean=b", "workers=1"]
 
 
+def planned(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str
+) -> dict[str, Any]:
+    """The plan of a study whose batches take a second of MAE, at the speed of the day."""
+
+    def measured(options: Any, recipes: Any, methods: list[str]) -> dict[str, Any]:
+        seconds = {"mae": 1.0, "fast": 1.5, "aemim": 3.0}
+        speed = 1.0 + len(asked)
+        asked.append(methods)
+        return {
+            "batch_seconds": {name: [speed * seconds[name]] * 3 for name in methods},
+            "batches_per_epoch": dict.fromkeys(methods, 50),
+            "environment": {name: {} for name in methods},
+        }
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(harness, "_measured", measured)
+    found: dict[str, Any] = {}
+    for names in (["mae", "fast"], ["mae", "aemim"], ["mae", "fast", "aemim"]):
+        paths = [str(PHOTOS / f"{name}.yaml") for name in names]
+        options = harness.parse([*paths, "--epochs", "1", "--runs", str(folder), *words])
+        found = harness.calibrate(options, options.recipes)
+    assert asked == [["mae", "fast"], ["mae", "aemim"]]
+    return found
+
+
+def test_a_method_that_comes_later_is_timed_beside_the_baseline(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = planned(harness, monkeypatch, tmp_path)
+    # The machine was half as fast the second time.
+    assert found["batch_seconds"] == {"mae": [1.0] * 3, "fast": [1.5] * 3, "aemim": [3.0] * 3}
+
+
+def test_seconds_of_another_recipe_are_not_taken(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    planned(harness, monkeypatch, tmp_path)
+    with pytest.raises(RecipeError, match="another recipe mae, or on other cores: choose another --runs"):
+        planned(harness, monkeypatch, tmp_path, "global_batch_size=32")
+
+
+def test_a_stage_is_not_continued_under_other_settings(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipes = study.Recipes(
+        PHOTOS / "finetune.yaml", PHOTOS / "evaluate.yaml", study.split_overrides([]), tmp_path
+    )
+    other = study.Recipes(
+        recipes.finetune, recipes.evaluate, study.split_overrides(["optimizer.weight_decay=0.3"]), tmp_path
+    )
+    job, made = study.Job("mae", PHOTOS / "mae.yaml", 10, 1), list[str]()
+
+    def stopped(stage: str, *_: Any) -> None:
+        made.append(stage)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_run_stage", stopped)
+    for again in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            study.run(job, recipes)
+        assert made == ["pretrain"] * again
+    with pytest.raises(study.StageError, match="another recipe of pretrain: choose another --runs"):
+        study.run(job, other)
+
+
 def run_of(method: str, batches: int, seed: int, linear: list[float], seconds: float) -> dict[str, Any]:
     probes = [
         {"batch": (number + 1) * batches // len(linear), "knn": value - 10, "linear": value}
@@ -126,7 +196,7 @@ def run_of(method: str, batches: int, seed: int, linear: list[float], seconds: f
     scores = {"finetuned": linear[-1] + 20}
     return {
         "method": method, "batches": batches, "seed": seed, "seconds": seconds, "probes": probes,
-        "scores": scores,
+        "scores": scores, "measured_seconds": seconds + 20,
     }  # fmt: skip
 
 
@@ -150,6 +220,24 @@ def test_seconds_until_an_accuracy_are_those_of_a_line_between_probes(tables: Mo
     assert tables.seconds_until(run, "linear", 34) == pytest.approx(140)
     assert tables.seconds_until(run, "linear", 10) == pytest.approx(140)  # reached by the first probe
     assert tables.seconds_until(run, "linear", 46.5) is None
+
+
+def test_an_accuracy_that_is_lost_again_was_not_reached(tables: ModuleType) -> None:
+    run = run_of("mae", 400, 1, [38, 44, 40, 42], 400)
+    assert tables.seconds_until(run, "linear", 42) == pytest.approx(400)
+    assert tables.seconds_until(run, "linear", 41) == pytest.approx(350)
+    assert tables.seconds_until(run, "linear", 43) is None
+
+
+def test_runs_of_different_lengths_are_never_one_row(tables: ModuleType) -> None:
+    runs = [run_of("mae", batches, seed, [30], 1) for batches in (20, 21) for seed in (1, 2)]
+    found = tables.groups({**RESULT, "runs": runs})
+    assert [[run["batches"] for run in rows] for rows in found.values()] == [[20, 20], [21, 21]]
+
+
+def test_a_table_without_the_baseline_has_no_comparison(tables: ModuleType) -> None:
+    runs = [run_of("fast", 200, 1, [34, 46], 280)]
+    assert "| fast | 2.0 | 1 | 280 | – | 300 |" in tables.table({**RESULT, "runs": runs})
 
 
 def test_the_table_has_means_deviations_and_what_was_not_reached(tables: ModuleType) -> None:
@@ -269,11 +357,12 @@ def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> N
     assert "missing: mae-12ba-seed2, " in some.stderr
     assert some.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
 
+    assert all(run["environment"]["cores"] for run in result["runs"])
     before = (first_run / "outcome.json").stat().st_mtime_ns
     again = subprocess.run(
         study_command(tmp_path, "finetune.optimizer.weight_decay=0.1"),
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
-    assert again.returncode == 1
+    assert again.returncode == 1, again.stderr
     assert "holds a run with another recipe of finetune: choose another --runs" in again.stderr
     assert (first_run / "outcome.json").stat().st_mtime_ns == before
