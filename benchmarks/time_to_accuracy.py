@@ -155,7 +155,7 @@ def summary(
     """All that was found, as it is written."""
     seconds = {method: statistics.median(values) for method, values in plan["batch_seconds"].items()}
     runs = [
-        {**outcome}
+        {key: value for key, value in outcome.items() if key != "losses"}
         | {"measured_seconds": outcome["seconds"], "seconds": outcome["batches"] * seconds[outcome["method"]]}
         for outcome in outcomes
     ]
