@@ -14,17 +14,17 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from record import environment, write_json
 from study import Job, batches_per_epoch, check, make_runs
-from study_options import add_stage_options, read_stage_options
-from study_tables import mean_and_deviation, score_names
+from study_options import add_stage_options, ended, read_stage_options
+from study_tables import cell, mean_and_deviation, score_names
 
 from aemim_algorithm import AEMIM
-from aemim_algorithm.data.shards import ConversionError
 from aemim_algorithm.evaluation.plots import COLOURS, Point, draw_curves, save_figure
 from aemim_algorithm.recipes.layers import RecipeError
 from aemim_algorithm.recipes.schema import load_recipe
@@ -138,24 +138,18 @@ def table(result: Mapping[str, Any]) -> str:
     for title, value, method, paper in rows:
         if method in runs:
             found = runs[method]
-            cells = [title, value, str(len(found)), _cell([run["probes"][-1]["linear"] for run in found])]
-            cells += [
-                _cell([run["scores"][name] for run in found if name in run["scores"]]) for name in names
-            ]
+            cells = [title, value, str(len(found)), cell([run["probes"][-1]["linear"] for run in found])]
+            cells += [cell([run["scores"][name] for run in found if name in run["scores"]]) for name in names]
             lines.append(f"| {' | '.join([*cells, '–' if paper is None else f'{paper:.1f}'])} |")
     return "\n".join([*lines, "", "Mean ± sample standard deviation over seeds; accuracies in percent."])
 
 
-def draw_losses(result: Mapping[str, Any], out: Path) -> bool:
-    """Figure 2: both losses over pre-training, for the feature distance and the reconstruction attack.
-
-    Returns:
-        Whether there were runs to draw.
-    """
+def draw_losses(result: Mapping[str, Any], out: Path) -> None:
+    """Figure 2: both losses over pre-training, for the attacks on features and on the loss, if run."""
     methods = {DEFAULT: "feature distance (l2)", "loss reconstruction": "reconstruction loss"}
     first = {run["method"]: run for run in reversed(result["runs"])}
     if not all(method in first for method in methods):
-        return False
+        return
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     for axis, (method, title) in zip(figure.subplots(1, 2, sharey=True), methods.items(), strict=True):
         for number, (key, name) in enumerate(_LOSSES.items()):
@@ -167,15 +161,10 @@ def draw_losses(result: Mapping[str, Any], out: Path) -> bool:
         axis.grid(alpha=0.3, linewidth=0.6)
     figure.axes[0].set_ylabel("reconstruction loss", fontsize=9)
     save_figure(figure, out)
-    return True
 
 
-def draw_loss_ratio(result: Mapping[str, Any], out: Path) -> bool:
-    """Figure 4: what the fine-tuned classifiers reach over λ.
-
-    Returns:
-        Whether there were runs to draw.
-    """
+def draw_loss_ratio(result: Mapping[str, Any], out: Path) -> None:
+    """Figure 4: what the fine-tuned classifiers reach over λ, if two values of it were run."""
     group, curves = GROUPS["loss_ratio"], dict[str, list[Point]]()
     shown = [name for name in ("finetuned", "corruptions") if name in score_names(result)]
     for value in sorted([*group.overrides, group.default], key=float):
@@ -186,7 +175,7 @@ def draw_loss_ratio(result: Mapping[str, Any], out: Path) -> bool:
             band = (mean - deviation, mean + deviation) if deviation is not None else (None, None)
             curves.setdefault(name, []).append(Point(float(value), mean, *band))
     if all(len(points) < 2 for points in curves.values()):
-        return False
+        return
     figure = Figure(figsize=(4.6 * len(curves), 3.4), layout="constrained")
     axes = figure.subplots(1, len(curves), squeeze=False)
     for axis, (name, points) in zip(axes.flat, curves.items(), strict=True):
@@ -194,33 +183,21 @@ def draw_loss_ratio(result: Mapping[str, Any], out: Path) -> bool:
         axis.set_xlabel("weight λ of the clean loss", fontsize=9)
         axis.set_ylabel(f"{name}, top-1 accuracy, %", fontsize=9)
     save_figure(figure, out)
-    return True
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
 
 
 def main(arguments: Sequence[str]) -> int:
+    return ended(partial(_main, arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     result, recipes = environment("benchmarks/ablations.py", arguments), options.recipes
-    try:
-        require_default(options.recipe, recipes.overrides["pretrain"], options.groups)
-        per_epoch = batches_per_epoch(options.recipe, recipes.overrides["pretrain"])
-        jobs = jobs_of(options, per_epoch)
-        for job in jobs:
-            check(job, recipes)
-        print(f"{len(jobs)} runs", file=sys.stderr, flush=True)
-        outcomes, whole = make_runs(jobs, recipes, finished=options.finished)
-    except (RecipeError, ConversionError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
+    require_default(options.recipe, recipes.overrides["pretrain"], options.groups)
+    jobs = jobs_of(options, batches_per_epoch(options.recipe, recipes.overrides["pretrain"]))
+    for job in jobs:
+        check(job, recipes)
+    print(f"{len(jobs)} runs", file=sys.stderr, flush=True)
+    outcomes, whole = make_runs(jobs, recipes, finished=options.finished)
     if outcomes:
         result |= {"epochs": options.epochs, "groups": options.groups, "overrides": options.overrides}
         result["runs"] = outcomes

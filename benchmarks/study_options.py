@@ -1,14 +1,18 @@
-"""Options that all studies have."""
+"""Options that all studies have, and how they end."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from study import Recipes, split_overrides
 
-__all__ = ["add_stage_options", "read_stage_options"]
+from aemim_algorithm.data.shards import ConversionError
+from aemim_algorithm.recipes.layers import RecipeError
+
+__all__ = ["add_stage_options", "ended", "read_stage_options"]
 
 
 def add_stage_options(parser: argparse.ArgumentParser) -> None:
@@ -45,3 +49,15 @@ def read_stage_options(
     except ValueError as error:
         parser.error(str(error))
     return paths
+
+
+def ended(study: Callable[[], int]) -> int:
+    """Run a study; its exit code, 2 for wrong input, which is one line, and 130 if it was stopped."""
+    try:
+        return study()
+    except (RecipeError, ConversionError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        return 130

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Group", "groups", "mean_and_deviation", "score_names", "seconds_until", "table"]
+__all__ = ["Group", "cell", "groups", "mean_and_deviation", "score_names", "seconds_until", "table"]
 
 _NOTES = """Mean ± sample standard deviation over seeds; accuracies in percent. Seconds: batches times those
 of a batch in turns; measured: as they passed."""
@@ -47,12 +47,9 @@ def table(result: Result) -> str:
             str(len(runs)),
             f"{first['seconds']:.0f}",
             f"{first['seconds'] / base[0]['seconds']:.2f}" if base else "–",
-            _cell([run["measured_seconds"] for run in runs], digits=0),
-            *(
-                _cell([run["probes"][-1][probe] for run in runs if run["probes"]])
-                for probe in probes.values()
-            ),
-            *(_cell([run["scores"][score] for run in runs if score in run["scores"]]) for score in names),
+            cell([run["measured_seconds"] for run in runs], digits=0),
+            *(cell([run["probes"][-1][probe] for run in runs if run["probes"]]) for probe in probes.values()),
+            *(cell([run["scores"][score] for run in runs if score in run["scores"]]) for score in names),
             *(_until(runs, base, probe) for probe in probes.values()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -108,11 +105,12 @@ def _until(runs: Group, base: Group, probe: str) -> str:
     reached = [seconds for seconds in found if seconds is not None]
     if not reached:
         return "not reached" if found else "–"
-    text = _cell(reached, digits=0)
+    text = cell(reached, digits=0)
     return text if len(reached) == len(found) else f"{text} ({len(reached)} of {len(found)} seeds)"
 
 
-def _cell(values: Sequence[float], digits: int = 1) -> str:
+def cell(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and sample standard deviation, as the tables show them."""
     if not values:
         return "–"
     mean, deviation = mean_and_deviation(values)

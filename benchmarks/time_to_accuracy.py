@@ -31,12 +31,11 @@ from end_to_end import turn
 from lanes import reserved
 from record import environment, write_json
 from study import Job, Recipes, batches_per_epoch, check, make_runs, settings_of
-from study_options import add_stage_options, read_stage_options
+from study_options import add_stage_options, ended, read_stage_options
 from study_plots import draw
 from study_tables import table
 from turns import measure
 
-from aemim_algorithm.data.shards import ConversionError
 from aemim_algorithm.recipes.layers import RecipeError
 
 PLAN = "plan.json"
@@ -171,23 +170,20 @@ def summary(
 
 
 def main(arguments: Sequence[str]) -> int:
+    return ended(partial(_main, arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     result, recipes = environment("benchmarks/time_to_accuracy.py", arguments), options.recipes
-    try:
-        for method, path in options.methods.items():
-            check(Job(method, path, 10**6, options.seeds[0]), recipes)
-        plan = calibrate(options, recipes)
-        jobs = jobs_of(options, plan)
-        if not all(job.batches for job in jobs):
-            raise RecipeError(f"--epochs={options.epochs}: expected at least a batch of every recipe")
-        _announce(jobs, plan)
-        outcomes, whole = make_runs(jobs, recipes, finished=options.finished)
-    except (RecipeError, ConversionError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        return 130
+    for method, path in options.methods.items():
+        check(Job(method, path, 10**6, options.seeds[0]), recipes)
+    plan = calibrate(options, recipes)
+    jobs = jobs_of(options, plan)
+    if not all(job.batches for job in jobs):
+        raise RecipeError(f"--epochs={options.epochs}: expected at least a batch of every recipe")
+    _announce(jobs, plan)
+    outcomes, whole = make_runs(jobs, recipes, finished=options.finished)
     if outcomes:
         result |= summary(options, plan, outcomes)
         write_json(result, options.out)

@@ -20,6 +20,7 @@ from aemim_algorithm.recipes.layers import RecipeError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PHOTOS = BENCHMARKS / "studies" / "photos"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SCORES = {"finetuned", "clean", "corruptions", "FGSM ε=1", "PGD ε=0.51"}
 
 
@@ -316,11 +317,16 @@ def study_command(folder: Path, *words: str) -> list[str]:
     ]  # fmt: skip
 
 
+def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = study_command(folder, *words)
+    return subprocess.run(
+        command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
 def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = study_command(tmp_path)
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        study_command(tmp_path), cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as first:
         first_run = tmp_path / "runs" / "mae-12ba-seed1"
         for _ in range(6000):
@@ -333,9 +339,7 @@ def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> N
     trained = (first_run / "pretrain" / "encoder.pt").stat().st_mtime_ns
     assert not (tmp_path / "study.json").exists()
 
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = run_study(tmp_path)
     assert done.returncode == 0, done.stderr
     assert (first_run / "pretrain" / "encoder.pt").stat().st_mtime_ns == trained
     assert "mae-12ba-seed1: pretrain" not in done.stderr
@@ -349,20 +353,14 @@ def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> N
     assert "| fast |" in done.stdout
     assert str(tmp_path) not in json.dumps(result["runs"])
 
-    some = subprocess.run(
-        study_command(tmp_path, "--seeds", "1", "2", "--finished"),
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    some = run_study(tmp_path, "--seeds", "1", "2", "--finished")
     assert some.returncode == 0, some.stderr
     assert "missing: mae-12ba-seed2, " in some.stderr
-    assert some.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert some.stdout == done.stdout
 
     assert all(run["environment"]["cores"] for run in result["runs"])
     before = (first_run / "outcome.json").stat().st_mtime_ns
-    again = subprocess.run(
-        study_command(tmp_path, "finetune.optimizer.weight_decay=0.1"),
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    again = run_study(tmp_path, "finetune.optimizer.weight_decay=0.1")
     assert again.returncode == 1, again.stderr
     assert "holds a run with another recipe of finetune: choose another --runs" in again.stderr
     assert (first_run / "outcome.json").stat().st_mtime_ns == before
