@@ -38,7 +38,15 @@ from aemim_algorithm.data.sources import Source, describe_source, first_per_clas
 from aemim_algorithm.data.transforms import decode, resize_short_side
 from aemim_algorithm.validation import require_choice, require_integer
 
-__all__ = ["Conversion", "ConversionError", "Rejects", "convert", "report_path", "write_shards"]
+__all__ = [
+    "Conversion",
+    "ConversionError",
+    "Rejects",
+    "convert",
+    "ordered_map",
+    "report_path",
+    "write_shards",
+]
 
 JPEG_QUALITY = 95
 _ORDER_SEED = 0
@@ -185,7 +193,7 @@ def _samples(
         except (ValueError, OSError) as error:
             return str(error)
 
-    results = _ordered_map(prepare, order, workers)
+    results = ordered_map(prepare, order, workers)
     bar = tqdm(results, "converting", len(order), unit="img", file=sys.stderr, disable=not progress)
     for index, result in zip(order, bar, strict=True):
         if isinstance(result, str):
@@ -207,7 +215,7 @@ def _prepare(data: bytes, resize: int | None) -> bytes:
     return encoded.numpy().tobytes()
 
 
-def _ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """`map` in threads: in order, and with a bounded number of results waiting in memory."""
     waiting: deque[Future[R]] = deque()
     with _one_thread_per_operation(), ThreadPoolExecutor(workers) as pool:

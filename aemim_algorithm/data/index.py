@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from streaming import LocalDataset
 from streaming.base.format.mds.encodings import is_mds_encoding_safe
 from streaming.base.hashing import get_hash, is_hash
 
@@ -21,6 +24,7 @@ __all__ = [
     "files_of",
     "hash_of",
     "no_hash",
+    "open_samples",
     "read_index",
     "require_hashes",
     "sizes_in",
@@ -195,3 +199,26 @@ def check_columns(folder: str, columns: dict[str, str]) -> None:
 def encodings_of(shard: dict[str, Any]) -> dict[str, str]:
     """How each column of a shard is encoded, by its name."""
     return dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+
+
+def open_samples(
+    folder: Path, *, check: Callable[[str, dict[str, str]], None] = check_columns
+) -> LocalDataset:
+    """Open local shards to read samples by their number; uses no shared memory.
+
+    Args:
+        folder: Folder of the shards.
+        check: Called with the folder's name and a shard's columns, raises `ValueError` where they are not
+            what is expected.
+
+    Returns:
+        The samples, in the order of the shards.
+
+    Raises:
+        ValueError: See `check_shards` and `check`.
+    """
+    for shard in check_shards(folder):
+        check(str(folder), encodings_of(shard))
+    with warnings.catch_warnings():  # LocalDataset leaves index.json open
+        warnings.simplefilter("ignore", ResourceWarning)
+        return LocalDataset(str(folder))

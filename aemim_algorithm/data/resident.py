@@ -7,7 +7,6 @@ samples: ranks and resuming in mid-epoch change nothing, and no state of a gener
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ import psutil
 import torch
 from composer import DataSpec
 from composer.utils import dist
-from streaming import LocalDataset
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from aemim_algorithm.data.augmentation import BatchMixing
 from aemim_algorithm.data.batch_crops import BatchCrop, random_crop_boxes
 from aemim_algorithm.data.damage import locate, read_sample
-from aemim_algorithm.data.index import check_columns, check_shards, encodings_of
+from aemim_algorithm.data.index import open_samples
 from aemim_algorithm.data.space import in_units
 from aemim_algorithm.data.transforms import Normalize, RandomResizedCropFlip
 from aemim_algorithm.validation import require_integer
@@ -179,11 +177,7 @@ def resident_data(
 
 def _decoded(local: Path, device: torch.device, least: int) -> tuple[Tensor, Tensor]:
     """All images, shape (samples, height, 3, width), uint8, and their labels, int64, on the CPU."""
-    for shard in check_shards(local):
-        check_columns(str(local), encodings_of(shard))
-    with warnings.catch_warnings():  # LocalDataset leaves index.json open
-        warnings.simplefilter("ignore", ResourceWarning)
-        samples = LocalDataset(str(local))
+    samples = open_samples(local)
     count = len(samples)
     if count < least:
         raise ValueError(f"{local} has {count} samples, fewer than the {least} of a batch: lower batch_size")

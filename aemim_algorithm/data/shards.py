@@ -28,8 +28,10 @@ __all__ = [
     "Conversion",
     "ConversionError",
     "check_space",
+    "describe",
     "existing",
     "staged",
+    "write_samples",
     "write_shards",
 ]
 
@@ -77,20 +79,41 @@ def write_shards(
     Returns:
         What was written.
     """
-    writer = MDSWriter(out=str(folder), columns=COLUMNS, hashes=[HASH])
+    rows = ({"image": image, "label": label} for image, label in samples)
+    count = write_samples(rows, folder, columns=COLUMNS)
+    conversion = Conversion(count, classes, tuple(broken or ()))
+    describe(folder, {"made_from": made_from, **asdict(conversion)})
+    return conversion
+
+
+def write_samples(samples: Iterable[dict[str, Any]], folder: Path, *, columns: dict[str, str]) -> int:
+    """Write samples of any columns into a folder, which the caller stages.
+
+    Args:
+        samples: Values by column.
+        folder: An empty or missing folder.
+        columns: How each is encoded.
+
+    Returns:
+        Number of samples.
+    """
+    writer = MDSWriter(out=str(folder), columns=columns, hashes=[HASH])
     count = 0
     try:
-        for image, label in samples:
-            writer.write({"image": image, "label": label})
+        for sample in samples:
+            writer.write(sample)
             count += 1
         writer.finish()
     finally:  # not `with MDSWriter`: its exit flushes again, onto the same full disk
         writer.cancel_future_jobs()
-    conversion = Conversion(count, classes, tuple(broken or ()))
+    return count
+
+
+def describe(folder: Path, content: dict[str, Any]) -> None:
+    """Write what shards hold beside them, with the versions of what wrote them."""
     versions = {name: version(name) for name in ("mosaicml-streaming", "torchvision")}
-    description = {"made_from": made_from, **asdict(conversion), "versions": versions}
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
-    return conversion
+    text = json.dumps({**content, "versions": versions}, indent=1)
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
 
 
 def existing(out: Path, made_from: dict[str, Any]) -> Conversion | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from composer import DataSpec
 from composer.core.data_spec import default_split_batch
 from composer.utils import dist
-from streaming import LocalDataset, StreamingDataLoader
+from streaming import StreamingDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +20,7 @@ from aemim_algorithm.data.augmentation import BatchMixing
 from aemim_algorithm.data.damage import read_sample
 from aemim_algorithm.data.failures import in_one_line
 from aemim_algorithm.data.image_stream import ImageStream
-from aemim_algorithm.data.index import check_columns, check_shards, encodings_of
+from aemim_algorithm.data.index import open_samples
 from aemim_algorithm.data.shards import DESCRIPTION
 from aemim_algorithm.data.transforms import CenterCrop, Normalize
 from aemim_algorithm.validation import require_integer
@@ -53,12 +52,7 @@ class EvaluationImages(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, local: str | Path, *, image_size: int) -> None:
         self._transform = CenterCrop(image_size)
-        shards = check_shards(Path(local))
-        for shard in shards:
-            check_columns(str(local), encodings_of(shard))
-        with warnings.catch_warnings():  # LocalDataset leaves index.json open
-            warnings.simplefilter("ignore", ResourceWarning)
-            self._samples = LocalDataset(str(local))
+        self._samples = open_samples(Path(local))
 
     def __len__(self) -> int:
         return len(self._samples)

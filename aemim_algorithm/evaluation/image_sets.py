@@ -12,18 +12,16 @@ an error.
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streaming import LocalDataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from aemim_algorithm.data.damage import read_sample
-from aemim_algorithm.data.index import check_columns, check_shards, encodings_of
+from aemim_algorithm.data.index import open_samples
 from aemim_algorithm.data.shards import DESCRIPTION
 from aemim_algorithm.data.sources import open_source
 from aemim_algorithm.data.streaming import class_names
@@ -219,12 +217,7 @@ class _Numbers(Sequence[str]):
 
 
 def _list_shards(folder: Path) -> _Listing:
-    shards = check_shards(folder)
-    for shard in shards:
-        check_columns(str(folder), encodings_of(shard))
-    with warnings.catch_warnings():  # LocalDataset leaves index.json open
-        warnings.simplefilter("ignore", ResourceWarning)
-        samples = LocalDataset(str(folder))
+    samples = open_samples(folder)
 
     def read(position: int) -> tuple[Tensor, int]:
         return read_sample(samples, position, samples.get_item)

@@ -34,6 +34,7 @@ __all__ = [
     "for_size",
     "layer_groups",
     "load_encoder",
+    "stored_encoder",
 ]
 
 Architecture = dict[str, Any]
@@ -166,7 +167,7 @@ def load_encoder(
     Raises:
         ValueError: The state is that of another architecture; the line names what does not fit.
     """
-    encoder = _stored_encoder(architecture, state, whose)
+    encoder = stored_encoder(architecture, state, whose)
     if tuple(encoder.patch_embed.img_size) != (image_size, image_size):
         holder = nn.Module()
         holder.encoder = encoder
@@ -214,7 +215,7 @@ def layer_groups(
     ]
 
 
-def _stored_encoder(
+def stored_encoder(
     architecture: Architecture, state: Mapping[str, Tensor], whose: str
 ) -> VisionTransformer | SwinTransformer:
     """The bare encoder at the image size that its weights are for: an export may have changed that."""

@@ -37,7 +37,15 @@ from aemim_algorithm.recipes.datasets import is_remote
 from aemim_algorithm.recipes.resuming import has_checkpoint
 from aemim_algorithm.recipes.schema import RecipeError, TrainingRecipe
 
-__all__ = ["DataFound", "check_data", "inspect_data", "on_each_machine"]
+__all__ = [
+    "DataFound",
+    "check_data",
+    "check_identity",
+    "fingerprint_of",
+    "inspect_data",
+    "note_fingerprint",
+    "on_each_machine",
+]
 
 FINGERPRINT = "data.json"
 _POLL = 0.5  # seconds
@@ -97,7 +105,7 @@ def check_data(recipe: TrainingRecipe, train: Path, test: Path | None = None) ->
 
     found = on_each_machine(look)
     if found is not None and dist.get_global_rank() == 0:
-        _note_fingerprint(recipe, found)
+        note_fingerprint(recipe, found)
 
 
 def inspect_data(recipe: TrainingRecipe, folder: Path, *, keep_index: bool = True) -> DataFound:
@@ -138,10 +146,10 @@ def inspect_data(recipe: TrainingRecipe, folder: Path, *, keep_index: bool = Tru
         size=sum(_largest(shard) for shard in shards),
         verified=verified,
         leftovers=len(leftovers),
-        fingerprint=_fingerprint(shards),
+        fingerprint=fingerprint_of(shards),
     )
     _check_amount(recipe, found)
-    _check_identity(recipe, found)
+    check_identity(recipe, found)
     if remote:
         _check_cache(recipe, folder, shards, sizes)
     return found
@@ -205,13 +213,13 @@ def _largest(shard: dict[str, Any]) -> int:
     return sum(file["bytes"] for file in files_of(shard))
 
 
-def _fingerprint(shards: Shards) -> str:
+def fingerprint_of(shards: Shards) -> str:
     """Digest of the shards' samples and bytes; the order of training follows from the former."""
     kept = [(shard["samples"], files_of(shard)[0]["bytes"]) for shard in shards]
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 
 
-def _check_identity(recipe: TrainingRecipe, found: DataFound) -> None:
+def check_identity(recipe: TrainingRecipe, found: DataFound) -> None:
     """A run that continues does so with its own images, which may have moved."""
     note = Path(recipe.save_folder, FINGERPRINT)
     before = _noted(note) if has_checkpoint(note.parent) and note.is_file() else None
@@ -236,7 +244,8 @@ def _noted(note: Path) -> dict[str, Any] | None:
         return None
 
 
-def _note_fingerprint(recipe: TrainingRecipe, found: DataFound) -> None:
+def note_fingerprint(recipe: TrainingRecipe, found: DataFound) -> None:
+    """Note in the save folder what `check_identity` compares when the run continues."""
     note = Path(recipe.save_folder, FINGERPRINT)
     note.parent.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(".partial")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import Evaluator, Event, State
-from composer.utils import create_interval_scheduler, dist
+from composer.core import Evaluator
+from composer.utils import dist
 from torch.optim import AdamW
 
 from aemim_algorithm.callbacks.history import FILE_NAME as HISTORY
@@ -20,16 +19,13 @@ from aemim_algorithm.data.transforms import Normalize
 from aemim_algorithm.evaluation.image_sets import ImageSet, open_images
 from aemim_algorithm.models.classifier import ImageClassifier, layer_groups, load_encoder
 from aemim_algorithm.recipes.data_preflight import check_data
+from aemim_algorithm.recipes.encoder import keep_architecture
 from aemim_algorithm.recipes.final_accuracy import Accuracy, final_accuracy
-from aemim_algorithm.recipes.finetune_preflight import (
-    Plan,
-    classes_of,
-    keep_architecture,
-    prepare_finetuning,
-)
+from aemim_algorithm.recipes.finetune_preflight import Plan, classes_of, prepare_finetuning
 from aemim_algorithm.recipes.preflight import continues
 from aemim_algorithm.recipes.schema import FineTuneRecipe
 from aemim_algorithm.recipes.training import (
+    before_the_end,
     fit,
     full_state,
     joined_data,
@@ -84,7 +80,7 @@ def finetune(recipe: FineTuneRecipe) -> FineTuned:
     trainer = build_finetuning(recipe, plan, train_folder, tests, num_classes=count)
     with running(recipe, trainer) as folder:
         if dist.get_global_rank() == 0:
-            keep_architecture(recipe, plan)
+            keep_architecture(recipe, plan.encoder)
         fit(trainer)
         accuracy = final_accuracy(trainer, recipe, len(tests))
         state = full_state(trainer.state.model)
@@ -208,15 +204,4 @@ def _evaluator(recipe: FineTuneRecipe, tests: ImageSet, normalize: Normalize) ->
     micro = microbatch_of(recipe)
     batch_size = min(micro if isinstance(micro, int) else _BATCH, len(tests))
     data = scoring_data(tests, batch_size=batch_size, workers=recipe.data.workers, normalize=normalize)
-    return Evaluator(label="eval", dataloader=data, eval_interval=_before_the_end(recipe.eval_interval))
-
-
-def _before_the_end(interval: str) -> Callable[[State, Event], bool]:
-    """Every so often, except at the end of training: what counts is scored there anyway."""
-    due = create_interval_scheduler(interval, include_end_of_training=False, checkpoint_events=False)
-
-    def check(state: State, event: Event) -> bool:
-        elapsed = state.get_elapsed_duration()
-        return due(state, event) and elapsed is not None and elapsed < 1
-
-    return check
+    return Evaluator(label="eval", dataloader=data, eval_interval=before_the_end(recipe.eval_interval))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,23 @@ from torch import Tensor
 from aemim_algorithm.data.augmentation import RandAugment
 from aemim_algorithm.data.shards import DESCRIPTION
 from aemim_algorithm.data.streaming import class_names
-from aemim_algorithm.environment import write_json
-from aemim_algorithm.exchange.architecture import architecture
 from aemim_algorithm.exchange.files import read_encoder
-from aemim_algorithm.exchange.trained import timm_encoder
-from aemim_algorithm.models import MODELS
 from aemim_algorithm.models.classifier import (
     Architecture,
     ImageClassifier,
-    architecture_of,
     build_network,
     for_size,
     load_encoder,
 )
 from aemim_algorithm.recipes.datasets import is_remote
-from aemim_algorithm.recipes.layers import RecipeError, first_line, known_names, recipe_values
-from aemim_algorithm.recipes.options import check_options
+from aemim_algorithm.recipes.encoder import RANDOM, encoder_architecture, refuse_pretraining
+from aemim_algorithm.recipes.layers import RecipeError, first_line
 from aemim_algorithm.recipes.preflight import check_place, check_space, continues
 from aemim_algorithm.recipes.registry import Parts, parts_around
-from aemim_algorithm.recipes.schema import DataRecipe, FineTuneRecipe
+from aemim_algorithm.recipes.schema import FineTuneRecipe
 
-__all__ = ["CLASSES", "RANDOM", "Plan", "classes_of", "keep_architecture", "prepare_finetuning"]
+__all__ = ["CLASSES", "Plan", "classes_of", "prepare_finetuning"]
 
-RANDOM = "random"
-ARCHITECTURE = "architecture.json"  # in the save folder: a run continues without its encoder
 CLASSES = 1000  # of the model that is tried before the data tells their number
 
 
@@ -83,12 +75,10 @@ def prepare_finetuning(recipe: FineTuneRecipe) -> Plan:
     Raises:
         RecipeError: If the recipe cannot run here; one line.
     """
-    for section, name in (("algorithms", "aemim"), ("callbacks", "reconstruction_pictures")):
-        if any(given.replace("_", "").lower() == name.replace("_", "") for given in getattr(recipe, section)):
-            raise RecipeError(f"{section}.{name}: belongs to pre-training; leave it out")
+    refuse_pretraining(recipe)
     check_place(recipe)
     try:
-        return _checked(recipe, _encoder(recipe))
+        return _checked(recipe, encoder_architecture(recipe, recipe.model))
     except RecipeError:
         raise
     except (ValueError, RuntimeError, AssertionError, TypeError, ZeroDivisionError) as error:
@@ -130,88 +120,6 @@ def classes_of(
     if count < 2:
         raise RecipeError(f"data.source={data.source}: has {count} class, expected at least 2")
     return names, count
-
-
-def keep_architecture(recipe: FineTuneRecipe, plan: Plan) -> None:
-    """Note the encoder's architecture in the save folder, where a run that continues finds it."""
-    write_json(plan.encoder, Path(recipe.save_folder, ARCHITECTURE))
-
-
-def _kept(recipe: FineTuneRecipe) -> Architecture | None:
-    """What `keep_architecture` noted, of a run that continues."""
-    path = Path(recipe.save_folder, ARCHITECTURE)
-    if not continues(recipe) or not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {"name": str(found["name"]), "kwargs": dict(found["kwargs"])}
-    except (ValueError, KeyError, TypeError):
-        return None  # the encoder tells it too
-
-
-def _encoder(recipe: FineTuneRecipe) -> Architecture:
-    """The architecture that a recipe names, or the one of the run that its encoder lies beside."""
-    model = recipe.model
-    if (kept := _kept(recipe)) is not None:
-        return kept
-    path = None if model.encoder == RANDOM else Path(model.encoder)
-    if path is not None and not path.exists():
-        raise RecipeError(
-            f"model.encoder={path}: no such file; expected an encoder.pt of `aemim pretrain` or `aemim "
-            f"export`, or {RANDOM}"
-        )
-    if path is not None and not continues(recipe):
-        _check_statistics(recipe, path)
-    if model.name is not None and model.name not in MODELS:
-        return {"name": model.name, "kwargs": _timm_options(model.name, model.options)}
-    if model.name is not None:
-        options = check_options(MODELS[model.name], model.options, key="model.options")
-        return _described(MODELS[model.name](**options))
-    if model.options:
-        raise RecipeError("model.options: expected model.name, which they are for")
-    beside = architecture(None, path) if path is not None else None
-    if beside is None:
-        raise RecipeError(
-            "model.name has no value: set it to a ViT or Swin of timm, such as vit_base_patch16_224, or a "
-            "model of this package"
-            + (f"; there is no recipe.yaml beside {path} that tells it" if path is not None else "")
-        )
-    return _described(beside)
-
-
-def _check_statistics(recipe: FineTuneRecipe, encoder: Path) -> None:
-    """Refuse to normalise images otherwise than the encoder has seen them."""
-    beside = encoder.parent / "recipe.yaml"
-    if not beside.is_file():
-        return
-    theirs = recipe_values(beside).get("data") or {}
-    for key in ("mean", "std"):
-        before = [float(value) for value in theirs.get(key) or getattr(DataRecipe, key)]
-        now = [*getattr(recipe.data, key)]
-        if before != now:
-            raise RecipeError(
-                f"data.{key}={now}: the encoder {encoder} was pre-trained with other "
-                f"statistics, says the recipe.yaml beside it; set data.{key}=[{','.join(map(str, before))}]"
-            )
-
-
-def _timm_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    import timm
-
-    if not timm.is_model(name):
-        known = [*MODELS, *timm.list_models("vit_*"), *timm.list_models("swin_*")]
-        hint = known_names(name, known) if len(known) < 20 else _nearest(name, known)
-        raise RecipeError(f"model.name={name}: neither a model of timm nor of this package; {hint}")
-    return dict(options)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    hint = known_names(name, known)
-    return hint if hint.startswith("did") else "expected one such as vit_base_patch16_224"
-
-
-def _described(model: ComposerModel) -> Architecture:
-    return architecture_of(timm_encoder(model))
 
 
 def _checked(recipe: FineTuneRecipe, encoder: Architecture) -> Plan:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import Callback, DataSpec, Evaluator, Time
+from composer.core import Callback, DataSpec, Evaluator, Event, State, Time
 from composer.models import ComposerModel
 from composer.optim import (
     ComposerScheduler,
@@ -18,7 +18,7 @@ from composer.optim import (
     MultiStepScheduler,
     MultiStepWithWarmupScheduler,
 )
-from composer.utils import dist, get_device, reproducibility
+from composer.utils import create_interval_scheduler, dist, get_device, reproducibility
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import Optimizer
@@ -36,6 +36,7 @@ from aemim_algorithm.recipes.resuming import resume_point
 from aemim_algorithm.recipes.schema import TrainingRecipe, save_recipe
 
 __all__ = [
+    "before_the_end",
     "fit",
     "full_state",
     "joined_data",
@@ -221,6 +222,24 @@ def microbatch_of(recipe: TrainingRecipe) -> int | str:
     per_device = recipe.global_batch_size // dist.get_world_size()
     size = recipe.device_train_microbatch_size or per_device
     return size if isinstance(size, str) else min(size, per_device)
+
+
+def before_the_end(interval: str) -> Callable[[State, Event], bool]:
+    """When to evaluate: every so often, except at the end of training: what counts is scored there anyway.
+
+    Args:
+        interval: Such as ``8ep``.
+
+    Returns:
+        What an `Evaluator` takes as its interval.
+    """
+    due = create_interval_scheduler(interval, include_end_of_training=False, checkpoint_events=False)
+
+    def check(state: State, event: Event) -> bool:
+        elapsed = state.get_elapsed_duration()
+        return due(state, event) and elapsed is not None and elapsed < 1
+
+    return check
 
 
 def _scheduler(recipe: TrainingRecipe) -> ComposerScheduler:
