@@ -23,10 +23,12 @@ _PACKAGES = (
     "mosaicml-streaming",
     "numpy",
     "pillow",
+    "pycocotools",
     "scikit-image",
     "scipy",
     "timm",
     "torch",
+    "torchmetrics",
     "torchvision",
     "transformers",
 )
