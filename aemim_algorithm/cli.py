@@ -1,6 +1,7 @@
-"""The command ``aemim``: pretrain, finetune, data, export, import, evaluate, probe, report.
+"""The command ``aemim``: pretrain, finetune, detect, data, export, import, evaluate, probe, report.
 
-Here are pretrain, data, export and import; the others are in `aemim_algorithm.cli_scores`.
+Here are pretrain, data, export and import; detect is in `aemim_algorithm.cli_detect` and the others are in
+`aemim_algorithm.cli_scores`.
 
 A user's error is one line on stderr. Exit code 2: the recipe or the command line is wrong; 1: the
 run failed.
@@ -11,10 +12,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
+from aemim_algorithm.cli_detect import detect
 from aemim_algorithm.cli_scores import evaluate, finetune, print_paths, probe, report
 from aemim_algorithm.recipes.layers import RecipeError
 
@@ -25,7 +28,18 @@ __all__ = ["app", "main"]
 
 # The libraries behind the commands take seconds to import, so each command imports its own.
 
+
+class _TwoWords(TyperGroup):
+    """Lets a command have a name of two words, beside one whose name is the first of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if (two := " ".join(args[:2])) in self.commands:
+            args = [two, *args[2:]]
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=_TwoWords,
     help="Adversarial examples for masked image modeling, on MosaicML Composer.",
     no_args_is_help=True,
     add_completion=False,
@@ -78,7 +92,7 @@ def data(
         bool, typer.Option("--skip-broken", help="go on without the files that are no images")
     ] = False,
 ) -> None:
-    """Turn images into MDS shards for streaming."""
+    """Turn images into MDS shards for streaming; COCO's: see `aemim data coco --help`."""
     if source == "photos":
         if (resize, workers, per_class, skip_broken) != (None, None, None, False):
             raise typer.BadParameter("photos takes no --resize, --workers, --per-class or --skip-broken")
@@ -95,6 +109,38 @@ def data(
         print(f"wrote {out}: {done.samples} images of {len(done.classes)} classes")
         if done.broken:
             print(f"left out {len(done.broken)} files that are not images, named in {report_path(out)}")
+
+
+@app.command("data coco")
+def data_coco(
+    annotations: Annotated[Path, typer.Argument(help="such as annotations/instances_train2017.json")],
+    images: Annotated[Path, typer.Argument(help="the folder of its images, such as train2017")],
+    out: Annotated[Path, typer.Argument(help="folder for the MDS shards")],
+    workers: Annotated[int | None, typer.Option(min=1, help="threads; default: one per core")] = None,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="go on without broken images and annotations")
+    ] = False,
+    keep_empty: Annotated[
+        bool,
+        typer.Option("--keep-empty/--drop-empty", help="also images without objects; evaluation needs them"),
+    ] = True,
+) -> None:
+    """Turn COCO's images and annotations into MDS shards.
+
+    A folder that is called coco is ./coco to `aemim data`.
+    """
+    from aemim_algorithm.data.coco import convert_coco
+    from aemim_algorithm.data.convert import report_path
+
+    done = convert_coco(
+        annotations, images, out, skip_broken=skip_broken, keep_empty=keep_empty, workers=workers
+    )
+    objects = f"{done.annotations - done.crowds} objects and {done.crowds} crowds"
+    print(f"wrote {out}: {done.samples} images, {objects} of {len(done.classes)} categories")
+    print(f"images without objects: {done.empty} kept, {done.dropped} left out")
+    if done.broken:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in done.faults.items())
+        print(f"left out {len(done.broken)} that are broken ({kinds}), named in {report_path(out)}")
 
 
 @app.command()
@@ -169,7 +215,7 @@ def import_(
         print("there is no decoder in it: a model that starts from it keeps its decoder's initialisation")
 
 
-for _command in (evaluate, probe, report):
+for _command in (detect, evaluate, probe, report):
     app.command()(_command)
 
 

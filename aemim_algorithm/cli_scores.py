@@ -91,7 +91,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="save folders of runs")],
     out: Annotated[Path, typer.Option(help="folder for report.md and its plots")] = Path("report"),
 ) -> None:
-    """Put runs side by side: settings, losses, scores."""
+    """Put runs side by side: settings, losses, scores; detectors beside the paper's Table 7."""
     from aemim_algorithm.evaluation.report import write_report
 
     for path in write_report(runs, out):

@@ -66,6 +66,8 @@ def evaluate(recipe: EvaluateRecipe, *, command: Sequence[str] = ("aemim", "eval
         "precision": recipe.precision,
         "seeds": _seeds(recipe),
     }
+    if plan.detection is not None:
+        run.report["detection"] = plan.detection
     return run.all()
 
 

@@ -13,6 +13,7 @@ from aemim_algorithm.classifier import Classifier
 from aemim_algorithm.evaluation.corruption_baseline import check_baseline
 from aemim_algorithm.evaluation.corruptions.apply import corrupted_sets
 from aemim_algorithm.evaluation.corruptions.parameters import CORRUPTIONS
+from aemim_algorithm.evaluation.detection import read_detection
 from aemim_algorithm.evaluation.image_ids import read_ids
 from aemim_algorithm.evaluation.image_sets import ImageSet
 from aemim_algorithm.evaluation.imagenet import open_set, require_imagenet
@@ -39,6 +40,7 @@ class Plan:
         attacks: On them.
         baseline: The corruptions of another classifier's report, or None.
         published: timm's numbers, or None.
+        detection: The results of a detector, or None.
     """
 
     sets: OpenSets
@@ -49,6 +51,7 @@ class Plan:
     attacks: list[Attack]
     baseline: dict[str, Any] | None
     published: dict[str, dict[str, float]] | None
+    detection: dict[str, Any] | None
 
 
 def plan_evaluation(recipe: EvaluateRecipe, classifier: Classifier) -> Plan:
@@ -89,6 +92,7 @@ def plan_evaluation(recipe: EvaluateRecipe, classifier: Classifier) -> Plan:
         attacks=_attacks(recipe.attacks),
         baseline=_baseline(recipe, opened, base),
         published=_published(recipe, classifier),
+        detection=_detection(recipe),
     )
 
 
@@ -163,6 +167,13 @@ def _baseline(recipe: EvaluateRecipe, opened: OpenSets, base: str | None) -> dic
         reason = str(error).removeprefix("baseline: ")
         raise ValueError(f"corruptions.relative_to={path}: {reason}") from error
     return found
+
+
+def _detection(recipe: EvaluateRecipe) -> dict[str, Any] | None:
+    try:
+        return None if recipe.detection is None else read_detection(recipe.detection)
+    except ValueError as error:
+        raise ValueError(f"detection={error}") from error
 
 
 def _published(recipe: EvaluateRecipe, classifier: Classifier) -> dict[str, dict[str, float]] | None:

@@ -93,7 +93,8 @@ class EvaluateRecipe:
     ``classifier``: a ``classifier.pt``, ``timm:NAME``, ``hf:NAME`` or a Hugging Face folder. ``weights``: of
     a classifier ``timm:NAME``, a file or ``random`` (``null``: timm's own). ``images``: a file that names the
     images to use of ``clean``, ``imagenet`` and ``real``, one a line. ``published``: a clone of
-    pytorch-image-models, to compare with its results. ``workers`` are processes that decode. ``precision``
+    pytorch-image-models, to compare with its results. ``detection``: the ``results.json`` of an `aemim
+    detect` from the same encoder, for Table 7. ``workers`` are processes that decode. ``precision``
     is that of the sets and their corruptions; attacks are float32. ``results.json``, ``results.md`` and the
     plots are written into ``out``, what is there so far after each set and each other part.
     """
@@ -106,6 +107,7 @@ class EvaluateRecipe:
     corruptions: Optional[CorruptionsRecipe] = None  # noqa: UP045
     attacks: Optional[AttacksRecipe] = None  # noqa: UP045
     published: str | None = None
+    detection: str | None = None
     batch_size: int = 64
     workers: int = 2
     device: Literal["cpu", "gpu", "mps"] | None = None

@@ -21,6 +21,7 @@ __all__ = [
     "FineTuneRecipe",
     "Recipe",
     "RecipeError",
+    "StartRecipe",
     "TrainingRecipe",
     "load_finetuning",
     "load_recipe",
@@ -149,23 +150,32 @@ class Recipe(TrainingRecipe):
 
 
 @dataclass
-class ClassifierRecipe:
-    """The classifier, and where it starts.
+class StartRecipe:
+    """The encoder that a model starts from.
 
     ``encoder`` is an ``encoder.pt`` in timm's names, as a run or ``aemim export`` writes it, or ``random``:
     training from scratch. ``name`` is the encoder's architecture: a ViT or Swin of timm
     (``vit_base_patch16_224``) or of this package with ``options`` (``mae_vit_tiny_patch4``, {depth: 6}); by
-    default the ``recipe.yaml`` beside the encoder tells it. ``image_size`` is the side of the images, in
-    pixels, ``None``: as the encoder was trained; position embeddings are interpolated to another one.
-    ``drop_path`` is the rate of stochastic depth in the last block. ``classes`` is their number, ``None``:
-    those of the training data.
+    default the ``recipe.yaml`` beside the encoder tells it. ``drop_path`` is the rate of stochastic depth in
+    the last block.
     """
 
     encoder: str = MISSING
     name: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    image_size: int | None = None
     drop_path: float = MISSING
+
+
+@dataclass
+class ClassifierRecipe(StartRecipe):
+    """The classifier.
+
+    ``image_size`` is the side of the images, in pixels, ``None``: as the encoder was trained; position
+    embeddings are interpolated to another one. ``classes`` is their number, ``None``: those of the training
+    data.
+    """
+
+    image_size: int | None = None
     classes: int | None = None
 
 
