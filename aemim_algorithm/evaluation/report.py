@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from aemim_algorithm.environment import write_text
+from aemim_algorithm.evaluation.detection import precisions
+from aemim_algorithm.evaluation.paper import SOURCE
 from aemim_algorithm.evaluation.report_plots import (
     plot_accuracy_over_time,
     plot_attack,
@@ -15,6 +17,7 @@ from aemim_algorithm.evaluation.report_plots import (
     plot_losses,
 )
 from aemim_algorithm.evaluation.runs import Run, differing_settings, read_runs
+from aemim_algorithm.evaluation.tables import markdown_table, table_7
 
 __all__ = ["report_markdown", "write_report"]
 
@@ -93,6 +96,7 @@ def report_markdown(runs: Sequence[Run], *, plots: Sequence[str] = ()) -> str:
         "## Runs\n\n" + _run_table(runs),
         "## Settings that differ\n\n" + _settings_table(runs),
         "## Scores\n\n" + _score_table(runs),
+        *_detection_table(runs),
     ]
     for name in plots:
         title, _, caption = _PLOTS[name]
@@ -110,7 +114,7 @@ def _run_table(runs: Sequence[Run]) -> str:
         "last loss, clean",
         "last loss, adversarial",
     ]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _progress(run: Run) -> list[str]:
@@ -128,18 +132,27 @@ def _settings_table(runs: Sequence[Run]) -> str:
     if not differing:
         return "None: the recipes are equal."
     rows = [[f"`{key}`", *map(_value, values)] for key, values in differing.items()]
-    return _table(["setting", *(run.name for run in runs)], rows)
+    return markdown_table(["setting", *(run.name for run in runs)], rows)
 
 
 def _score_table(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.scores()))
     if not names:
-        return "None yet: `aemim evaluate` and `aemim probe` leave them in the run's folder."
+        return "None yet: `aemim evaluate`, `aemim probe` and `aemim detect` leave them in the run's folder."
     rows = [[name, *(_score(run, name) for run in runs)] for name in names]
     return (
-        _table(["score", *(run.name for run in runs)], rows)
+        markdown_table(["score", *(run.name for run in runs)], rows)
         + "\n\nIn brackets: 95% intervals over test images."
     )
+
+
+def _detection_table(runs: Sequence[Run]) -> list[str]:
+    """Table 7 with the runs that are of detectors, if there are any."""
+    found = {run.name: precisions(run.results) for run in runs}
+    detectors = {name: numbers for name, numbers in found.items() if numbers is not None}
+    if not detectors:
+        return []
+    return [f"{table_7(detectors)}\n\nThe paper's rows are those of {SOURCE}."]
 
 
 def _score(run: Run, name: str) -> str:
@@ -153,8 +166,3 @@ def _score(run: Run, name: str) -> str:
 
 def _value(value: Any) -> str:
     return "" if value is None else str(value).replace("|", "\\|")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

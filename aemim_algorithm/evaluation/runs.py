@@ -17,7 +17,7 @@ from aemim_algorithm.evaluation.plots import Point
 __all__ = ["PRETRAINING", "RESULT_FILES", "Run", "differing_settings", "read_run", "read_runs"]
 
 RESULT_FILES = ("results.json", "probe.json")
-"""What `aemim evaluate` and `aemim probe` leave, in the order in which their scores are shown."""
+"""What `aemim evaluate` or `aemim detect`, and `aemim probe`, leave, in the order in which it is shown."""
 
 PRETRAINING = "pretraining."
 """How the settings begin that a fine-tuning run has from the recipe beside its encoder."""
@@ -214,6 +214,6 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
             _name(row), row["value"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: no results of `aemim evaluate` or `aemim probe`: make them again"
+            f"{path}: no results of `aemim evaluate`, `aemim probe` or `aemim detect`: make them again"
         ) from error
     return list(rows)

@@ -1,4 +1,4 @@
-"""Markdown tables of results, laid out as the paper's Tables 4, 5 and 6, with its rows beside ours."""
+"""Markdown tables of results, laid out as the paper's Tables 4 to 7, with its rows beside ours."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from aemim_algorithm.evaluation.imagenet import SETS
-from aemim_algorithm.evaluation.paper import SOURCE, TABLE_4, TABLE_5, TABLE_6, PaperRow
+from aemim_algorithm.evaluation.paper import SOURCE, TABLE_4, TABLE_5, TABLE_6, TABLE_7, PaperRow
 
-__all__ = ["markdown", "score"]
+__all__ = ["markdown", "markdown_table", "score", "table_7"]
 
 _NONE = "–"
 _HEAD = (
@@ -26,8 +26,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         report: As in `results.json`.
 
     Returns:
-        Markdown: first what was measured, then the paper's tables, corruptions, attacks and timm's numbers,
-        as far as they were evaluated, what was left out or not finished, and how long each part took.
+        Markdown: first what was measured, then the paper's tables, corruptions, attacks, a detector's average
+        precision and timm's numbers, as far as they were evaluated, what was left out or not finished, and
+        how long each part took.
     """
     name = report["classifier"]["name"]
     parts = [
@@ -42,6 +43,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ),
         _corruptions("ImageNet-C, official folders", report.get("imagenet_c")),
         _attacks(report, name),
+        _detection(report.get("detection")),
         _published(report.get("published")),
         _timing(report.get("timing")),
     ]
@@ -53,7 +55,21 @@ def score(a: float, r: float, sketch: float, mce: float) -> float:
     return (a + r + sketch + 100 - mce) / 4
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table_7(runs: Mapping[str, Sequence[float | None]]) -> str:
+    """The paper's Table 7 with runs below its rows.
+
+    Args:
+        runs: AP of boxes and of masks in percent, by the run's name.
+
+    Returns:
+        Markdown, with a heading.
+    """
+    title = "Table 7: average precision on COCO, Mask R-CNN"
+    return _paper_table(title, ("AP box", "AP mask"), TABLE_7, runs)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -90,7 +106,7 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     if not cells:
         return ""
-    return f"## Measured\n\n{_table(['set', 'metric', '%', '95% interval', 'images'], cells)}"
+    return f"## Measured\n\n{markdown_table(['set', 'metric', '%', '95% interval', 'images'], cells)}"
 
 
 def _interval(row: Mapping[str, Any]) -> str:
@@ -131,7 +147,7 @@ def _paper_tables(report: Mapping[str, Any], name: str) -> list[str]:
     five = ("A", "R", "Sketch", "C (mCE)", "score")
     title_5 = "Table 5: top-1 out of distribution; C is mCE, lower is better"
     return [
-        _paper_table(title, heads, paper, name, numbers)
+        _paper_table(title, heads, paper, {name: numbers})
         + _apart({key: reason for key, reason in apart.items() if key in sets})
         for title, heads, paper, numbers, sets in (
             ("Table 4: top-1", ("RPTT", "IN", "Real", "V2"), TABLE_4, four, ("imagenet", "real", "v2")),
@@ -150,12 +166,14 @@ def _paper_table(
     title: str,
     heads: Sequence[str],
     paper: Sequence[PaperRow],
-    name: str,
-    numbers: Sequence[float | None],
+    ours: Mapping[str, Sequence[float | None]],
 ) -> str:
     rows = [[row.backbone, row.method, str(row.epochs), *map(_number, row.numbers)] for row in paper]
-    ours = [_NONE, f"**{name}**", _NONE, *(f"**{_number(number)}**" for number in numbers)]
-    return f"## {title}\n\n{_table(['backbone', 'method', 'epochs', *heads], [*rows, ours])}"
+    rows += [
+        [_NONE, f"**{name}**", _NONE, *(f"**{_number(number)}**" for number in numbers)]
+        for name, numbers in ours.items()
+    ]
+    return f"## {title}\n\n{markdown_table(['backbone', 'method', 'epochs', *heads], rows)}"
 
 
 def _number(value: float | None) -> str:
@@ -177,7 +195,7 @@ def _corruptions(title: str, result: Mapping[str, Any] | None) -> str:
         for corruption, cells in result["accuracy"].items()
     ]
     heads += ["relative error"] if relative else []
-    return f"## {title}\n\n{_table(heads, rows)}\n\n{_summary(result)}"
+    return f"## {title}\n\n{markdown_table(heads, rows)}\n\n{_summary(result)}"
 
 
 def _summary(result: Mapping[str, Any]) -> str:
@@ -206,7 +224,7 @@ def _attacks(report: Mapping[str, Any], name: str) -> str:
         heads = [f"ε = {budget:g}" for budget in _TABLE_6_BUDGETS]
         numbers = [fgsm.get(budget) for budget in _TABLE_6_BUDGETS]
         parts.append(
-            _paper_table("Table 6: top-1 under FGSM, ε in 1/255", heads, TABLE_6, name, numbers)
+            _paper_table("Table 6: top-1 under FGSM, ε in 1/255", heads, TABLE_6, {name: numbers})
             + f"\n\nThe paper's are of ARES-Bench's 5,000 images, ours of {attacks['images']}."
         )
     rows = [
@@ -221,8 +239,16 @@ def _attacks(report: Mapping[str, Any], name: str) -> str:
         for row in attacked
     ]
     heads = ["attack", "ε, 1/255", "steps", "%", "95% interval", "images"]
-    parts.append(f"## Under attack, on {_chosen(report, 'attacks')}\n\n{_table(heads, rows)}")
+    parts.append(f"## Under attack, on {_chosen(report, 'attacks')}\n\n{markdown_table(heads, rows)}")
     return "\n\n".join(parts)
+
+
+def _detection(detection: Mapping[str, Any] | None) -> str:
+    if not detection:
+        return ""
+    run = {detection["run"]: [detection[kind]["AP"] for kind in ("box", "mask")]}
+    where = f"{detection['images']:,} images of {detection['data']}, {detection['trained']}"
+    return f"{table_7(run)}\n\nOurs is on {where}, from the encoder {detection['encoder']}."
 
 
 def _timing(timing: Mapping[str, Mapping[str, float]] | None) -> str:
@@ -232,7 +258,7 @@ def _timing(timing: Mapping[str, Mapping[str, float]] | None) -> str:
         [name, f"{part['images']:,}", f"{part['seconds']:.1f}", f"{part['share_waiting']:.0%}"]
         for name, part in timing.items()
     ]
-    return f"## Time\n\n{_table(['part', 'images', 'seconds', 'of it waiting for data'], cells)}"
+    return f"## Time\n\n{markdown_table(['part', 'images', 'seconds', 'of it waiting for data'], cells)}"
 
 
 def _published(rows: Sequence[Mapping[str, Any]] | None) -> str:
@@ -250,4 +276,4 @@ def _published(rows: Sequence[Mapping[str, Any]] | None) -> str:
         for row in rows
     ]
     heads = ["set", "metric", "here, %", "timm, %", "difference", "within our interval"]
-    return f"## Against timm's published numbers\n\n{_table(heads, cells)}"
+    return f"## Against timm's published numbers\n\n{markdown_table(heads, cells)}"

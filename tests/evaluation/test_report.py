@@ -94,7 +94,7 @@ def test_only_what_can_be_drawn_is_drawn_and_older_plots_go(tmp_path: Path) -> N
     assert [path.name for path in written] == ["report.md", "losses.png"]
     text = written[0].read_text()
     assert "None: the recipes are equal." in text
-    assert "None yet: `aemim evaluate` and `aemim probe`" in text
+    assert "None yet: `aemim evaluate`, `aemim probe`" in text
 
 
 def drawn(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, list[list[float]]]]:

@@ -74,6 +74,19 @@ def test_results_carry_what_a_number_needs(own: Path) -> None:
     assert sorted(path.name for path in (own / "out").iterdir()) == ["results.json", "results.md"]
 
 
+def test_a_detector_from_the_same_encoder_is_shown_with_the_rest(own: Path) -> None:
+    scores = {"AP": 41.25}
+    detection = {"run": "detector", "encoder": "encoder.pt", "data": "val", "images": 9, "trained": "trained"}
+    write_json(detection | {"box": scores, "mask": scores}, own / "detector" / "results.json")
+    report = _evaluate(own / "own.yaml", f"detection={own}/detector/results.json")
+    assert report["detection"] == detection | {"box": scores, "mask": scores}
+    text = (own / "out" / "results.md").read_text()
+    assert "| – | **detector** | – | **41.2** | **41.2** |" in text
+    with pytest.raises(ValueError, match=r"detection=.*out/results.json: expected the results.json of a run"):
+        _evaluate(own / "own.yaml", f"detection={own}/out/results.json", f"out={own}/other")
+    assert not (own / "other").exists()
+
+
 def test_corruptions_and_attacks_are_tables_and_plots(own: Path) -> None:
     (own / "ids.txt").write_text("cat/1.png\ncat/4.png\n5.png\n")
     report = _evaluate(
