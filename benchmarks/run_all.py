@@ -71,6 +71,7 @@ def benchmarks(options: argparse.Namespace, *, cuda: bool) -> list[Benchmark]:
         made("data", 6, *images, "--cost", str(gpu_cost), missing="" if options.images else NO_IMAGES),
         made("end_to_end", 10, *images),
         *([other_costs] if on_cpu else []),
+        made("detection", 12, *on_device),
         # On a CPU it takes hours.
         *([] if on_cpu else [made("time_to_accuracy", 25, *study, missing=no_study)]),
         made("faults", 4, "--kills", "20", missing="", result="faults.json"),

@@ -194,6 +194,7 @@ def test_the_table_of_benchmarks(run_all: ModuleType, device: str, tmp_path: Pat
         "attack_strength",
         "data",
         "end_to_end",
+        "detection",
         "faults",
         "scaling",
         "corruptions",
