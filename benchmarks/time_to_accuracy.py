@@ -55,7 +55,7 @@ def jobs_of(options: argparse.Namespace, plan: Mapping[str, Any]) -> list[Job]:
     whole = {method: round(options.epochs * per_epoch[method]) for method in options.methods}
     lengths = [(method, whole[method]) for method in options.methods]
     costs: list[float] = []
-    for method in sorted(others, key=lambda name: seconds[name] * whole[name]):
+    for method in others if options.at_equal_time is None else options.at_equal_time:
         cost = seconds[method] * whole[method] / (seconds[base] * whole[base])
         if all(abs(cost / other - 1) > _SAME for other in [1.0, *costs]):
             costs.append(cost)
@@ -216,6 +216,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--at-shares", nargs="*", metavar="METHOD", help="methods of these (default: all but the baseline)"
     )
+    parser.add_argument(
+        "--at-equal-time",
+        nargs="*",
+        metavar="METHOD",
+        help="methods for whose seconds the baseline is trained, too (default: all)",
+    )
     parser.add_argument("--out", type=Path, default=Path("time_to_accuracy.json"))
     parser.add_argument("--rounds", type=int, default=5, help="turns in which a batch is timed")
     parser.add_argument("--batches", type=int, default=50 if on_gpu else 6, help="of a turn")
@@ -228,9 +234,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, low in (("rounds", 1), ("batches", 2)):
         if getattr(options, name) < low:
             parser.error(f"--{name}={getattr(options, name)}: expected at least {low}")
-    for method in options.at_shares or []:
-        if method not in list(options.methods)[1:]:
-            parser.error(f"--at-shares={method}: expected one of {', '.join(list(options.methods)[1:])}")
+    others = list(options.methods)[1:]
+    for option in ("at_shares", "at_equal_time"):
+        for method in getattr(options, option) or []:
+            if method not in others:
+                name = option.replace("_", "-")
+                parser.error(f"--{name}={method}: expected one of {', '.join(others)}")
     return options
 
 

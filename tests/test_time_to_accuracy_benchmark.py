@@ -68,6 +68,24 @@ def test_equal_costs_are_one_run_and_cheaper_recipes_need_none(harness: ModuleTy
     assert [(job.method, job.batches) for job in jobs] == [("mae", 100), ("fast", 100), ("aemim", 100)]
 
 
+def test_the_first_of_two_recipes_of_one_cost_decides_whatever_comes_later(harness: ModuleType) -> None:
+    plan = {**PLAN, "batch_seconds": {"mae": [1.0], "fast": [2.0], "aemim": [1.96]}}
+    options = options_of(harness, "--epochs", "1", "--seeds", "1")
+    jobs = [(job.method, job.batches) for job in harness.jobs_of(options, plan)]
+    assert jobs[-1] == ("mae", 200)
+
+
+@pytest.mark.parametrize(
+    ("words", "lengths"), [([], []), (["aemim"], [260]), (["aemim", "fast"], [260, 140])]
+)
+def test_the_baseline_has_the_seconds_of_just_the_recipes_that_are_named(
+    harness: ModuleType, words: list[str], lengths: list[int]
+) -> None:
+    options = options_of(harness, "--epochs", "1", "--seeds", "1", "--at-equal-time", *words)
+    jobs = [(job.method, job.batches) for job in harness.jobs_of(options, PLAN)]
+    assert jobs[3:] == [("mae", length) for length in lengths]
+
+
 def test_seeds_come_one_after_the_other(harness: ModuleType) -> None:
     jobs = harness.jobs_of(options_of(harness, "--epochs", "1", "--seeds", "4", "2"), PLAN)
     assert [job.seed for job in jobs] == [4] * (len(jobs) // 2) + [2] * (len(jobs) // 2)
@@ -84,6 +102,7 @@ def test_seeds_come_one_after_the_other(harness: ModuleType) -> None:
         ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--seeds", "1", "1"], "expected different numbers"),
         ([str(PHOTOS / "mae.yaml")] * 2 + ["--epochs", "1"], "recipes of different names"),
         ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--at-shares", "mae"], "--at-shares=mae"),
+        ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--at-equal-time", "x"], "--at-equal-time=x"),
         ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "seed=4"], "seed=4: the study sets that"),
         ([str(PHOTOS / "mae.yaml"), "--epochs", "1", "--finetune", "no.yaml"], "--finetune=no.yaml"),
     ],
