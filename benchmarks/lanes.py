@@ -20,7 +20,7 @@ import torch
 __all__ = ["devices", "reserved"]
 
 
-_FOLDER = Path("/tmp/aemim-benchmarks")  # not $TMPDIR, which may differ between processes
+_FOLDER = "/tmp/aemim-benchmarks"  # not $TMPDIR, which may differ between processes
 _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
@@ -42,9 +42,9 @@ def reserved(names: list[str] | None = None, folder: Path | None = None) -> Iter
 
     Args:
         names: What to hold; ``None``: :func:`devices`.
-        folder: Of the lock files; ``None``: the machine's own.
+        folder: Of the lock files; ``None``: the environment's ``AEMIM_LOCKS``, or else the machine's own.
     """
-    folder = folder or _FOLDER
+    folder = folder or Path(os.environ.get("AEMIM_LOCKS", _FOLDER))
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         for name in devices() if names is None else names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from aemim_algorithm.recipes.layers import RecipeError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PHOTOS = BENCHMARKS / "studies" / "photos"
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 SCORES = {"finetuned", "clean", "corruptions", "FGSM ε=1", "PGD ε=0.51"}
 
 
@@ -37,6 +35,13 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return benchmark_script("study", monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def own_locks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tests do not wait for benchmarks that hold the machine's cores."""
+    monkeypatch.setenv("AEMIM_LOCKS", str(tmp_path / "locks"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of studies
 
 
 @pytest.fixture
@@ -338,14 +343,12 @@ def study_command(folder: Path, *words: str) -> list[str]:
 
 def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = study_command(folder, *words)
-    return subprocess.run(
-        command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, timeout=600, check=False
-    )
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> None:
     with subprocess.Popen(
-        study_command(tmp_path), cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        study_command(tmp_path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as first:
         first_run = tmp_path / "runs" / "mae-12ba-seed1"
         for _ in range(6000):
