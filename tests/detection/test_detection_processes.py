@@ -22,7 +22,7 @@ def test_two_processes_score_as_one_and_train_one_model(tmp_path: Path) -> None:
     convert_coco(
         tmp_path / "annotations" / "instances_train.json", tmp_path / "train", shards, progress=False
     )
-    run_script(Path(__file__).with_name("processes_worker.py"), shards, tmp_path)
+    run_script(Path(__file__).with_name("detection_processes_worker.py"), shards, tmp_path)
     model = pretender()
     scores = {}
     for name, metric in model.get_metrics().items():

@@ -1,6 +1,6 @@
-"""Two processes score, and train for a moment: see test_processes.py.
+"""Two processes score, and train for a moment: see test_detection_processes.py.
 
-``python processes_worker.py SHARDS FOLDER``: writes ``<rank>.json`` into the folder.
+``python detection_processes_worker.py SHARDS FOLDER``: writes ``<rank>.json`` into the folder.
 """
 
 from __future__ import annotations
