@@ -19,13 +19,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from small_detectors import HEADS
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from aemim_algorithm.callbacks import FiniteCheck
 from aemim_algorithm.callbacks.history import read_history
 from aemim_algorithm.cli import main
 from aemim_algorithm.data.coco import convert_coco
 from aemim_algorithm.data.detection_images import DetectionImages
+from aemim_algorithm.detection import backbone
 from aemim_algorithm.detection.design import read_detector
+from aemim_algorithm.detection.windows import WindowBlock
 from aemim_algorithm.evaluation.runs import read_run
 from aemim_algorithm.models import MODELS
 from aemim_algorithm.recipes.detect import Detected, detect
@@ -187,6 +190,37 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(
     done = detect(recipe)
     assert differing(weights(done), weights(finished[1])) == []
     assert done.box == finished[1].box
+
+
+def test_recomputed_blocks_change_nothing(
+    sets: Path,
+    tmp_path: Path,
+    finished: tuple[DetectRecipe, Detected],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recomputed = []
+
+    def spied(block: WindowBlock, *inputs: Any, **options: Any) -> Any:
+        recomputed.append(block)
+        return checkpoint(block, *inputs, **options)
+
+    monkeypatch.setattr(backbone, "checkpoint", spied)
+    done = detect(recipe_in(tmp_path, sets, "activation_checkpointing=true"))
+    assert len(recomputed) == 6 * 2 * 2  # steps, micro-batches, blocks
+    assert differing(weights(done), weights(finished[1])) == []
+
+
+def test_bfloat16_rounds_the_losses_and_no_weight(
+    sets: Path, tmp_path: Path, finished: tuple[DetectRecipe, Detected]
+) -> None:
+    done = detect(recipe_in(tmp_path, sets, "precision=amp_bf16", "activation_checkpointing=true"))
+    # What the first proposals are compared with are anchors, which no weight moves.
+    exact, rounded = (
+        read_history(run.history.parent)[0]["loss/train/loss_objectness"] for run in (finished[1], done)
+    )
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert {value.dtype for value in weights(done).values() if value.is_floating_point()} == {torch.float32}
 
 
 def encoder_in(folder: Path, **sizes: int) -> Path:
