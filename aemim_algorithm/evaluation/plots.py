@@ -16,8 +16,11 @@ from matplotlib.figure import Figure
 
 __all__ = ["COLOURS", "Point", "accuracy_over_budget", "accuracy_over_severity", "draw_curves", "save_figure"]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
-"""Of Okabe and Ito, which the colour-blind can tell apart, and one more."""
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"),
+    *("#8c6d31", "#882255", "#7f7f7f"),
+)
+"""Of Okabe and Ito, which the colour-blind can tell apart, and three more."""
 
 _MARKERS = "osD^vPX*"
 _TITLE_SIZE = 10  # points, 1/72 of an inch
@@ -115,7 +118,7 @@ def draw_curves(axis: Axes, curves: Mapping[str, Sequence[Point]]) -> None:
             color=colour,
             marker=marker,
             # Where curves are equal, the last one is thin, dashed and hollow: the others show through.
-            markersize=4 + 1.5 * number,
+            markersize=4 + 1.5 * (number % 4),
             markerfacecolor=colour if number == 0 else "none",
             linestyle=_LINES[number % len(_LINES)],
             linewidth=1.5,
