@@ -255,11 +255,21 @@ def _check_resumable(recipe: TrainingRecipe) -> None:
             f"save_folder={folder}: holds a run of another kind ({error}); choose another run_name"
         ) from error
     before, now = _identity(started), _identity(recipe)
-    if changed := [key for key in now if now[key] != before[key]]:
-        raise RecipeError(
-            f"{changed[0]}: the run in {folder} was started with another value "
-            f"({before[changed[0]]}, now {now[changed[0]]}); choose another run_name"
-        )
+    for key in now:
+        if now[key] != before[key]:
+            path, was, is_now = _difference(key, before[key], now[key])
+            raise RecipeError(
+                f"{path}: the run in {folder} was started with another value ({was}, now {is_now}); choose "
+                "another run_name"
+            )
+
+
+def _difference(key: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first key in which two sections differ, and its values; the section's own if its keys differ."""
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() == now.keys():
+        name = next(name for name in now if now[name] != before[name])
+        return _difference(f"{key}.{name}", before[name], now[name])
+    return key, before, now
 
 
 def _identity(recipe: TrainingRecipe) -> dict[str, Any]:

@@ -340,7 +340,7 @@ def test_other_images_or_settings_do_not_continue_a_run(
     finished: tuple[DetectRecipe, Detected], sets: Path, tmp_path: Path
 ) -> None:
     recipe = finished[0]
-    with pytest.raises(RecipeError, match="model: the run in .* was started with another value"):
+    with pytest.raises(RecipeError, match="^model.window: .* started with another value \\(3, now 2\\)"):
         prepare_detection(replace(recipe, model=replace(recipe.model, window=2)))
     swapped = replace(recipe.data, source=str(sets / "test-mds"))
     with pytest.raises(RecipeError, match="5 images in 1 shards, which are not the 17"):

@@ -445,7 +445,7 @@ def test_another_recipe_does_not_continue_a_run(
     finished: tuple[FineTuneRecipe, FineTuned], images: Path, tmp_path: Path
 ) -> None:
     other = recipe_in(tmp_path, images, "augmentation.mixup=0.5")
-    with pytest.raises(RecipeError, match="augmentation: the run in .* was started with another value"):
+    with pytest.raises(RecipeError, match="^augmentation.mixup: the run in .* another value"):
         prepare_finetuning(replace(other, save_folder=finished[0].save_folder))
 
 
