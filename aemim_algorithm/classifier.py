@@ -15,11 +15,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from aemim_algorithm.exchange.files import require_fit, write_file
+from aemim_algorithm.exchange.files import read_content, require_fit, write_file
 
 __all__ = ["FILE_NAME", "Classifier", "read_classifier", "save_classifier"]
 
 FILE_NAME = "classifier.pt"
+_EXPECTED = f"the {FILE_NAME} that `aemim finetune` writes"
 _KEYS = ("model", "architecture", "image_size", "mean", "std", "classes", "crop_fraction", "interpolation")
 
 
@@ -106,7 +107,7 @@ def read_classifier(path: str | Path) -> Classifier:
         ValueError: If there is no such file, it is no classifier, or its weights do not fit.
     """
     path = Path(path)
-    content = _content(path)
+    content = read_content(path, _KEYS, kind="classifier", expected=_EXPECTED)
     model = _build(path, content["architecture"])
     require_fit(model, content["model"], whose=f"the state in {path}")
     model.load_state_dict(content["model"])
@@ -121,23 +122,6 @@ def read_classifier(path: str | Path) -> Classifier:
         interpolation=content["interpolation"],
         name=f"{path.absolute().parent.name}/{path.name}",
     )
-
-
-def _content(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the {FILE_NAME} that `aemim finetune` writes")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is none can make the unpickler raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: does not read as a classifier ({reason}); expected {FILE_NAME}") from error
-    if not isinstance(content, dict) or (missing := [key for key in _KEYS if key not in content]):
-        lacks = f"lacks {missing[0]!r}" if isinstance(content, dict) else "is no dict"
-        raise ValueError(
-            f"{path}: {lacks}; expected the {FILE_NAME} that `aemim finetune` writes, not an encoder or a "
-            "checkpoint"
-        )
-    return content
 
 
 def _build(path: Path, architecture: Mapping[str, Any]) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +16,13 @@ from torchvision.models.detection import MaskRCNN
 
 from aemim_algorithm.detection.backbone import ViTBackbone, build_encoder
 from aemim_algorithm.detection.model import Heads, View, build_detector
-from aemim_algorithm.exchange.files import require_fit, write_file
+from aemim_algorithm.exchange.files import read_content, require_fit, write_file
 from aemim_algorithm.models.classifier import Architecture
 
 __all__ = ["FILE_NAME", "Design", "TrainedDetector", "read_detector", "save_detector"]
 
 FILE_NAME = "detector.pt"
+_EXPECTED = f"the {FILE_NAME} that `aemim detect` writes"
 _KEYS = ("model", "encoder", "window", "global_blocks", "heads", "view", "categories")
 
 
@@ -117,7 +117,7 @@ def read_detector(path: str | Path) -> TrainedDetector:
     Raises:
         ValueError: If there is no such file, it is no detector, or its weights do not fit.
     """
-    content = _content(Path(path))
+    content = read_content(Path(path), _KEYS, kind="detector", expected=_EXPECTED)
     design = Design(
         encoder=content["encoder"],
         window=content["window"],
@@ -130,17 +130,3 @@ def read_detector(path: str | Path) -> TrainedDetector:
     require_fit(network, content["model"], whose=f"the state in {path}")
     network.load_state_dict(content["model"])
     return TrainedDetector(network.eval(), design, tuple(map(tuple, content["categories"])))
-
-
-def _content(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the {FILE_NAME} that `aemim detect` writes")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file that is none can make the unpickler raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: does not read as a detector ({reason}); expected {FILE_NAME}") from error
-    if not isinstance(content, dict) or (missing := [key for key in _KEYS if key not in content]):
-        lacks = f"lacks {missing[0]!r}" if isinstance(content, dict) else "is no dict"
-        raise ValueError(f"{path}: {lacks}; expected the {FILE_NAME} that `aemim detect` writes")
-    return content

@@ -19,6 +19,7 @@ __all__ = [
     "UntrustedError",
     "few",
     "model_state",
+    "read_content",
     "read_encoder",
     "read_weights",
     "require_file_name",
@@ -106,6 +107,31 @@ def read_encoder(path: str | Path) -> StateDict:
         return read_weights(path)
     except UntrustedError as error:
         raise ValueError(f"{path} is no encoder.pt: write one with `aemim export` first") from error
+
+
+def read_content(path: Path, keys: Iterable[str], *, kind: str, expected: str) -> dict[str, Any]:
+    """Read a file of `write_file` that holds more than weights; no code is run.
+
+    Args:
+        path: The file.
+        keys: What it has to hold.
+        kind: What a message calls it, such as ``"classifier"``.
+        expected: What a message says is expected, such as ``"the classifier.pt of `aemim finetune`"``.
+
+    Raises:
+        ValueError: If there is no such file, or it is another one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected {expected}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that is none can make the unpickler raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: does not read as a {kind} ({reason}); expected {expected}") from error
+    if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):
+        lacks = f"lacks {missing[0]!r}" if isinstance(content, dict) else "is no dict"
+        raise ValueError(f"{path}: {lacks}; expected {expected}, not an encoder or a checkpoint")
+    return content
 
 
 def require_fit(module: nn.Module, state: Mapping[str, Tensor], *, whose: str) -> None:
