@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torchvision.io import write_png
 
+from aemim_algorithm.callbacks import FiniteCheck
 from aemim_algorithm.recipes.schema import Recipe, load_recipe
 
-__all__ = ["RECIPE", "recipe_in", "write_images"]
+__all__ = ["RECIPE", "killed_at", "recipe_in", "write_images"]
 
 RECIPE = """
 model:
@@ -51,3 +56,20 @@ def recipe_in(folder: Path, images: Path, *overrides: str) -> Recipe:
         f"save_folder={folder / 'run'}",
     ]
     return load_recipe(path, [*places, *overrides])
+
+
+class _KilledError(Exception):
+    pass
+
+
+@contextmanager
+def killed_at(batch: int) -> Iterator[None]:
+    """A run of any recipe ends in here, after so many batches and before a checkpoint of the last one."""
+
+    def kill(self: FiniteCheck, state: Any, logger: Any) -> None:
+        if state.timestamp.batch == batch:
+            raise _KilledError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(_KilledError):
+        patch.setattr(FiniteCheck, "after_train_batch", kill)
+        yield

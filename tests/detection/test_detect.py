@@ -18,10 +18,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from small_detectors import HEADS
+from small_runs import killed_at
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from aemim_algorithm.callbacks import FiniteCheck
 from aemim_algorithm.callbacks.history import read_history
 from aemim_algorithm.cli import main
 from aemim_algorithm.data.coco import convert_coco
@@ -160,32 +160,22 @@ def test_a_finished_run_can_be_started_again(finished: tuple[DetectRecipe, Detec
     assert scored == [3, 6]
 
 
-class KilledError(Exception):
-    pass
-
-
 # Composer wonders that an epoch has no batch left after a checkpoint at its last one.
 @pytest.mark.filterwarnings("ignore:No batches were trained")
 @pytest.mark.parametrize(
-    ("save_interval", "killed_at"), [("2ba", 5), ("1ep", 5)], ids=["in mid-epoch", "between epochs"]
+    ("save_interval", "last"), [("2ba", 5), ("1ep", 5)], ids=["in mid-epoch", "between epochs"]
 )
 def test_an_interrupted_run_continues_as_if_it_had_not_been(
     save_interval: str,
-    killed_at: int,
+    last: int,
     sets: Path,
     tmp_path: Path,
     finished: tuple[DetectRecipe, Detected],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Order, mirroring, sizes, drop path, torchvision's sampling, and an evaluation in between."""
     recipe = recipe_in(tmp_path, sets, f"save_interval={save_interval}")
 
-    def kill(self: FiniteCheck, state: Any, logger: Any) -> None:
-        if state.timestamp.batch == killed_at:
-            raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(FiniteCheck, "after_train_batch", kill)
+    with killed_at(last):
         detect(recipe)
     done = detect(recipe)
     assert differing(weights(done), weights(finished[1])) == []

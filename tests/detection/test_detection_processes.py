@@ -37,5 +37,7 @@ def test_two_processes_score_as_one_and_train_one_model(tmp_path: Path) -> None:
         for name, details in scores.items():
             assert found[name] == pytest.approx(details), name
     assert ranks[0][2] == ranks[1][2]
+    untrained = {name: float(value.double().sum()) for name, value in model.named_parameters()}
+    assert sum(ranks[0][2][name] != value for name, value in untrained.items()) > len(untrained) / 2
     seen = [identity for _, each, _ in ranks for identity in each]
     assert len(seen) == len({*seen})

@@ -14,11 +14,10 @@ import torch
 from composer.core import Precision
 from composer.loggers import InMemoryLogger
 from ranks import run_script
-from small_runs import write_images
+from small_runs import killed_at, write_images
 from torch import Tensor
 from torchvision.io import write_png
 
-from aemim_algorithm.callbacks import FiniteCheck
 from aemim_algorithm.callbacks.history import read_history
 from aemim_algorithm.classifier import read_classifier
 from aemim_algorithm.cli import main
@@ -133,32 +132,22 @@ def test_a_finished_run_can_be_started_again(finished: tuple[FineTuneRecipe, Fin
     assert scored == [4, 8]
 
 
-class KilledError(Exception):
-    pass
-
-
 # Composer wonders that an epoch has no batch left after a checkpoint at its last one.
 @pytest.mark.filterwarnings("ignore:No batches were trained")
 @pytest.mark.parametrize(
-    ("save_interval", "killed_at"), [("3ba", 7), ("1ep", 5)], ids=["in mid-epoch", "between epochs"]
+    ("save_interval", "last"), [("3ba", 7), ("1ep", 5)], ids=["in mid-epoch", "between epochs"]
 )
 def test_an_interrupted_run_continues_as_if_it_had_not_been(
     save_interval: str,
-    killed_at: int,
+    last: int,
     images: Path,
     tmp_path: Path,
     finished: tuple[FineTuneRecipe, FineTuned],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Crops, RandAugment, mixing, drop path and an evaluation after the first epoch."""
     recipe = recipe_in(tmp_path, images, f"save_interval={save_interval}")
 
-    def kill(self: FiniteCheck, state: Any, logger: Any) -> None:
-        if state.timestamp.batch == killed_at:
-            raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(FiniteCheck, "after_train_batch", kill)
+    with killed_at(last):
         finetune(recipe)
     done = finetune(recipe)
     assert_equal(weights(done), weights(finished[1]))

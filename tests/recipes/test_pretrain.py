@@ -13,9 +13,8 @@ import pytest
 import torch
 from composer.loggers import InMemoryLogger
 from conftest import small_files
-from small_runs import recipe_in, write_images
+from small_runs import killed_at, recipe_in, write_images
 
-from aemim_algorithm.callbacks import FiniteCheck
 from aemim_algorithm.cli import main
 from aemim_algorithm.data import convert
 from aemim_algorithm.recipes.datasets import train_shards
@@ -121,30 +120,21 @@ def test_a_finished_run_can_be_started_again(
 # Composer wonders that an epoch has no batch left after a checkpoint at its last one.
 @pytest.mark.filterwarnings("ignore:No batches were trained")
 @pytest.mark.parametrize(
-    ("save_interval", "killed_at"),
+    ("save_interval", "last"),
     [("3ba", 5), ("3ba", 7), ("4ba", 5), ("1ep", 5)],
     ids=["in mid-epoch", "in the second epoch", "at an epoch's last batch", "between epochs"],
 )
 def test_an_interrupted_run_continues_as_if_it_had_not_been(
     save_interval: str,
-    killed_at: int,
+    last: int,
     images: Path,
     tmp_path: Path,
     finished: tuple[Recipe, Outputs],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Four batches an epoch: the same images, crops and masks, wherever the checkpoint was taken."""
     recipe = recipe_in(tmp_path, images, f"save_interval={save_interval}")
 
-    class KilledError(Exception):
-        pass
-
-    def kill(self: FiniteCheck, state: Any, logger: Any) -> None:
-        if state.timestamp.batch == killed_at:
-            raise KilledError
-
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(FiniteCheck, "after_train_batch", kill)
+    with killed_at(last):
         pretrain(recipe)
     assert_equal(encoder_of(pretrain(recipe)), encoder_of(finished[1]))
 
