@@ -48,7 +48,7 @@ def plot_losses(runs: Sequence[Run], out: Path) -> bool:
     if not axis.lines:
         return False
     _finish(axis, "batch", "loss")
-    axis.set_title("Training losses of both branches")
+    axis.set_title("Training losses")
     axis.legend(frameon=False, fontsize=8)
     save_figure(figure, out)
     return True

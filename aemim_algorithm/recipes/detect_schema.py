@@ -54,7 +54,7 @@ class DetectRecipe(TrainingRecipe):
     """One run of detection, complete: Mask R-CNN on ``data``, scored on ``data.test_source``.
 
     The test images are seen every ``eval_interval`` and at the end. ``activation_checkpointing``: blocks are
-    computed again in backward, which takes a third more time and a fraction of the memory.
+    computed again in backward, which takes about a fifth more time and saves memory.
     """
 
     data: DetectionDataRecipe = field(default_factory=DetectionDataRecipe)
