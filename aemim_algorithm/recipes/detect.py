@@ -29,7 +29,7 @@ from aemim_algorithm.recipes.training import (
     before_the_end,
     fit,
     full_state,
-    joined_data,
+    joined,
     learning_rate,
     make_trainer,
     running,
@@ -74,30 +74,30 @@ def detect(recipe: DetectRecipe, *, command: Sequence[str] | None = None) -> Det
         ValueError: If the data cannot be read, or the run has checkpoints and all of them are damaged.
     """
     plan = prepare_detection(recipe)
-    train_folder, test_folder = joined_data(recipe)
-    assert test_folder is not None  # a recipe without test images does not load
-    images, tests = DetectionImages(train_folder, train=True), DetectionImages(test_folder)
-    check_objects(recipe, images, tests)
-    data = training_objects(
-        images,
-        batch_size=recipe.global_batch_size // dist.get_world_size(),
-        seed=recipe.seed,
-        workers=recipe.data.workers,
-    )
-    trainer = build_detection(recipe, plan, data, tests, num_classes=len(images.categories))
-    with running(recipe, trainer) as folder:
+    with joined(recipe) as (train_folder, test_folder):
+        assert test_folder is not None  # a recipe without test images does not load
+        images, tests = DetectionImages(train_folder, train=True), DetectionImages(test_folder)
+        check_objects(recipe, images, tests)
+        data = training_objects(
+            images,
+            batch_size=recipe.global_batch_size // dist.get_world_size(),
+            seed=recipe.seed,
+            workers=recipe.data.workers,
+        )
+        trainer = build_detection(recipe, plan, data, tests, num_classes=len(images.categories))
+        with running(recipe, trainer) as folder:
+            if dist.get_global_rank() == 0:
+                keep_architecture(recipe, plan.design.encoder)
+            fit(trainer)
+            trainer.eval()
+            box, mask = (_percent(trainer, name) for name in ("box_AP", "mask_AP"))
+            state = full_state(trainer.state.model)
         if dist.get_global_rank() == 0:
-            keep_architecture(recipe, plan.design.encoder)
-        fit(trainer)
-        trainer.eval()
-        box, mask = (_percent(trainer, name) for name in ("box_AP", "mask_AP"))
-        state = full_state(trainer.state.model)
-    if dist.get_global_rank() == 0:
-        state = {name.removeprefix("network."): value for name, value in state.items()}
-        save_detector(folder / FILE_NAME, design=plan.design, state=state, categories=images.categories)
-        report = _report(recipe, tests, box, mask) | environment(command or sys.argv)
-        write_json(report, folder / RESULTS)
-        write_text(detection_markdown(report), folder / TABLE)
+            state = {name.removeprefix("network."): value for name, value in state.items()}
+            save_detector(folder / FILE_NAME, design=plan.design, state=state, categories=images.categories)
+            report = _report(recipe, tests, box, mask) | environment(command or sys.argv)
+            write_json(report, folder / RESULTS)
+            write_text(detection_markdown(report), folder / TABLE)
     return Detected(
         recipe=folder / "recipe.yaml",
         checkpoint=folder / "latest-rank0.pt",

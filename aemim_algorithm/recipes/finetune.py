@@ -28,7 +28,7 @@ from aemim_algorithm.recipes.training import (
     before_the_end,
     fit,
     full_state,
-    joined_data,
+    joined,
     learning_rate,
     make_trainer,
     microbatch_of,
@@ -72,30 +72,30 @@ def finetune(recipe: FineTuneRecipe) -> FineTuned:
             the run has checkpoints and all of them are damaged.
     """
     plan = prepare_finetuning(recipe)
-    train_folder, test_folder = joined_data(recipe)
-    assert test_folder is not None  # a recipe without test images does not load
-    check_data(recipe, train_folder, test_folder)
-    names, count = classes_of(recipe, train_folder, test_folder)
-    tests = test_images(recipe, plan, test_folder, names, count)
-    trainer = build_finetuning(recipe, plan, train_folder, tests, num_classes=count)
-    with running(recipe, trainer) as folder:
+    with joined(recipe) as (train_folder, test_folder):
+        assert test_folder is not None  # a recipe without test images does not load
+        check_data(recipe, train_folder, test_folder)
+        names, count = classes_of(recipe, train_folder, test_folder)
+        tests = test_images(recipe, plan, test_folder, names, count)
+        trainer = build_finetuning(recipe, plan, train_folder, tests, num_classes=count)
+        with running(recipe, trainer) as folder:
+            if dist.get_global_rank() == 0:
+                keep_architecture(recipe, plan.encoder)
+            fit(trainer)
+            accuracy = final_accuracy(trainer, recipe, len(tests))
+            state = full_state(trainer.state.model)
         if dist.get_global_rank() == 0:
-            keep_architecture(recipe, plan.encoder)
-        fit(trainer)
-        accuracy = final_accuracy(trainer, recipe, len(tests))
-        state = full_state(trainer.state.model)
-    if dist.get_global_rank() == 0:
-        save_classifier(
-            folder / FILE_NAME,
-            state={name.removeprefix("network."): value for name, value in state.items()},
-            architecture=plan.classifier(count),
-            image_size=plan.image_size,
-            mean=recipe.data.mean,
-            std=recipe.data.std,
-            classes=names,
-            crop_fraction=recipe.evaluation_crop,
-            interpolation=_INTERPOLATION,
-        )
+            save_classifier(
+                folder / FILE_NAME,
+                state={name.removeprefix("network."): value for name, value in state.items()},
+                architecture=plan.classifier(count),
+                image_size=plan.image_size,
+                mean=recipe.data.mean,
+                std=recipe.data.std,
+                classes=names,
+                crop_fraction=recipe.evaluation_crop,
+                interpolation=_INTERPOLATION,
+            )
     return FineTuned(
         recipe=folder / "recipe.yaml",
         checkpoint=folder / "latest-rank0.pt",

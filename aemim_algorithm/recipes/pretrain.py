@@ -23,7 +23,7 @@ from aemim_algorithm.recipes.schema import Recipe
 from aemim_algorithm.recipes.training import (
     fit,
     full_state,
-    joined_data,
+    joined,
     learning_rate,
     make_trainer,
     running,
@@ -68,24 +68,24 @@ def pretrain(recipe: Recipe) -> Outputs:
         ValueError: If the run has checkpoints, and all of them are damaged.
     """
     parts = prepare(recipe)
-    train_folder, test_folder = joined_data(recipe)
-    probes = [callback for callback in parts.callbacks if isinstance(callback, OnlineProbe)]
-    scored = recipe.evaluate or bool(probes)
-    check_data(recipe, train_folder, test_folder if scored else None)
-    if scored and test_folder is not None:
-        training_labels(train_folder, test_folder)  # refuses other classes now, not after training
-    for probe in probes:
-        probe.set_folders(train_folder, test_folder)
-    trainer = build_trainer(recipe, parts, train_folder)
-    with running(recipe, trainer) as folder:
-        fit(trainer)
-        state = full_state(trainer.state.model)
-    # The last barrier is behind: nobody waits for the first process, whatever it takes.
-    encoder, scores = folder / "encoder.pt", Scores()
-    if dist.get_global_rank() == 0:
-        exported = export_encoder(state, encoder, format=native_format(state))
-        if recipe.evaluate and test_folder is not None:
-            scores = _compare(recipe, parts, exported, (train_folder, test_folder))
+    with joined(recipe) as (train_folder, test_folder):
+        probes = [callback for callback in parts.callbacks if isinstance(callback, OnlineProbe)]
+        scored = recipe.evaluate or bool(probes)
+        check_data(recipe, train_folder, test_folder if scored else None)
+        if scored and test_folder is not None:
+            training_labels(train_folder, test_folder)  # refuses other classes now, not after training
+        for probe in probes:
+            probe.set_folders(train_folder, test_folder)
+        trainer = build_trainer(recipe, parts, train_folder)
+        with running(recipe, trainer) as folder:
+            fit(trainer)
+            state = full_state(trainer.state.model)
+        # The last barrier is behind: nobody waits for the first process, whatever it takes.
+        encoder, scores = folder / "encoder.pt", Scores()
+        if dist.get_global_rank() == 0:
+            exported = export_encoder(state, encoder, format=native_format(state))
+            if recipe.evaluate and test_folder is not None:
+                scores = _compare(recipe, parts, exported, (train_folder, test_folder))
     return Outputs(
         recipe=folder / "recipe.yaml",
         checkpoint=folder / "latest-rank0.pt",

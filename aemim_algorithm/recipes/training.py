@@ -30,6 +30,7 @@ from aemim_algorithm.callbacks.restored_randomness import RestoredRandomness
 from aemim_algorithm.data.resident import resident_data
 from aemim_algorithm.data.streaming import train_data
 from aemim_algorithm.recipes.datasets import is_remote, test_shards, train_shards
+from aemim_algorithm.recipes.folder_lock import hold_save_folder
 from aemim_algorithm.recipes.preflight import device_of, on_gpu, precision_of
 from aemim_algorithm.recipes.registry import Parts
 from aemim_algorithm.recipes.resuming import resume_point
@@ -39,7 +40,7 @@ __all__ = [
     "before_the_end",
     "fit",
     "full_state",
-    "joined_data",
+    "joined",
     "learning_rate",
     "make_trainer",
     "microbatch_of",
@@ -49,24 +50,28 @@ __all__ = [
 ]
 
 
-def joined_data(recipe: TrainingRecipe) -> tuple[Path, Path | None]:
-    """Join the other processes, find the checkpoint to continue from, and the shards.
+@contextmanager
+def joined(recipe: TrainingRecipe) -> Iterator[tuple[Path, Path | None]]:
+    """Join the other processes, find the checkpoint to continue from, and the shards; keep other runs out.
 
     Args:
         recipe: A checked recipe.
 
-    Returns:
+    Yields:
         Folders of the training shards and of the test shards, if there are any; written if need be.
 
     Raises:
         ConversionError: If a source cannot be converted.
-        ValueError: If the run has checkpoints, and all of them are damaged.
+        ValueError: If another run is at work in the save folder, or the run has checkpoints, and all of them
+            are damaged.
     """
     if dist.get_world_size() > 1:
         dist.initialize_dist(get_device(recipe.device), recipe.dist_timeout)
-    if recipe.autoresume:
-        resume_point(Path(recipe.save_folder))
-    return train_shards(recipe.data), test_shards(recipe.data)
+    folder = Path(recipe.save_folder)
+    with hold_save_folder(folder):
+        if recipe.autoresume:
+            resume_point(folder)
+        yield train_shards(recipe.data), test_shards(recipe.data)
 
 
 def seeded(recipe: TrainingRecipe, build: Callable[[], ComposerModel]) -> ComposerModel:

@@ -24,6 +24,7 @@ from aemim_algorithm.cli import main
 from aemim_algorithm.data.streaming import train_data
 from aemim_algorithm.evaluation.image_sets import open_images
 from aemim_algorithm.models import MODELS
+from aemim_algorithm.recipes import datasets
 from aemim_algorithm.recipes.dry_run import dry_run
 from aemim_algorithm.recipes.final_accuracy import final_accuracy
 from aemim_algorithm.recipes.finetune import (
@@ -34,7 +35,7 @@ from aemim_algorithm.recipes.finetune import (
 )
 from aemim_algorithm.recipes.finetune_preflight import classes_of, prepare_finetuning
 from aemim_algorithm.recipes.schema import FineTuneRecipe, RecipeError, load_finetuning
-from aemim_algorithm.recipes.training import joined_data, learning_rate
+from aemim_algorithm.recipes.training import learning_rate
 
 TESTS = 13  # of each class: neither batches nor processes share them evenly
 RECIPE = """
@@ -80,6 +81,13 @@ def recipe_in(folder: Path, images: Path, *overrides: str) -> FineTuneRecipe:
 def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneRecipe, FineTuned]:
     recipe = recipe_in(tmp_path_factory.mktemp("finished"), images)
     return recipe, finetune(recipe)
+
+
+def folders_of(recipe: FineTuneRecipe) -> tuple[Path, Path]:
+    """Of the training and the test shards, written if need be."""
+    test = datasets.test_shards(recipe.data)
+    assert test is not None
+    return datasets.train_shards(recipe.data), test
 
 
 def weights(done: FineTuned) -> dict[str, Tensor]:
@@ -193,8 +201,7 @@ def test_rates_during_training_are_the_layers_own(images: Path, tmp_path: Path) 
     plan = prepare_finetuning(recipe)
     logger = InMemoryLogger()
     plan = replace(plan, parts=replace(plan.parts, loggers=[logger]))
-    train, test = joined_data(recipe)
-    assert test is not None
+    train, test = folders_of(recipe)
     names, count = classes_of(recipe, train, test)
     trainer = build_finetuning(
         recipe, plan, train, test_images(recipe, plan, test, names, count), num_classes=count
@@ -305,8 +312,7 @@ def tf32() -> Iterator[None]:
 def test_the_final_accuracy_is_that_of_float32(images: Path, tmp_path: Path) -> None:
     """As `aemim evaluate` gives it, whatever the run trains in."""
     recipe = recipe_in(tmp_path, images)
-    plan, (train, test) = prepare_finetuning(recipe), joined_data(recipe)
-    assert test is not None
+    plan, (train, test) = prepare_finetuning(recipe), folders_of(recipe)
     tests = test_images(recipe, plan, test, *classes_of(recipe, train, test))
     trainer = build_finetuning(recipe, plan, train, tests, num_classes=2)
     trainer.state.precision = Precision.AMP_BF16  # what a GPU has by default
@@ -397,8 +403,7 @@ def test_another_number_of_classes_is_refused(images: Path, tmp_path: Path) -> N
 
 
 def test_shards_that_name_no_classes_take_those_of_the_test_images(images: Path, tmp_path: Path) -> None:
-    train, test = joined_data(recipe_in(tmp_path, images))
-    assert test is not None
+    train, test = folders_of(recipe_in(tmp_path, images))
     bare = tmp_path / "bare"
     shutil.copytree(train, bare)
     (bare / "conversion.json").unlink()
@@ -422,7 +427,7 @@ def test_test_images_of_other_classes_are_refused(images: Path, tmp_path: Path) 
 
 
 def test_a_label_outside_of_the_classes_is_refused(images: Path, tmp_path: Path) -> None:
-    train, _ = joined_data(recipe_in(tmp_path, images))
+    train, _ = folders_of(recipe_in(tmp_path, images))
     options: dict[str, Any] = {"image_size": 16, "batch_size": 8, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     data = train_data(train, **options, num_classes=1)
     with pytest.raises(ValueError, match="has the label 1, expected one from 0 to 0") as caught:
