@@ -82,7 +82,8 @@ def calibrate(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
         ``environment`` of each.
 
     Raises:
-        RecipeError: If a recipe cannot run here, or the folder's figures are of other settings or cores.
+        RecipeError: If a recipe cannot run here, the folder's figures are of other settings or cores, or it
+            has none and nothing is to be run.
         ConversionError: If the images cannot be converted.
     """
     file, settings = recipes.folder / PLAN, _settings(options, recipes)
@@ -98,6 +99,8 @@ def calibrate(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
                     "--runs"
                 )
         if missing := [method for method in options.methods if method not in known]:
+            if options.finished:
+                raise RecipeError(f"{file}: {missing[0]} was not timed, so nothing of it is finished there")
             base = next(iter(options.methods))
             with reserved():
                 found = _measured(options, recipes, list(dict.fromkeys([base, *missing])))

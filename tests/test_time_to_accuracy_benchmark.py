@@ -181,6 +181,17 @@ def test_a_method_that_comes_later_is_timed_beside_the_baseline(
     assert found["batch_seconds"] == {"mae": [1.0] * 3, "fast": [1.5] * 3, "aemim": [3.0] * 3}
 
 
+def test_what_is_finished_is_reported_without_timing_anything(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(harness, "_measured", pytest.fail)
+    words = [str(PHOTOS / "mae.yaml"), "--epochs", "1", "--runs", str(tmp_path), "--finished"]
+    assert harness.main(words) == 2
+    assert capsys.readouterr().err == (
+        f"{tmp_path}/plan.json: mae was not timed, so nothing of it is finished there\n"
+    )
+
+
 def test_seconds_of_another_recipe_are_not_taken(
     harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -20,14 +20,14 @@ __all__ = ["plot_accuracy_over_time", "plot_attack", "plot_loss_ratio_sweep", "p
 
 _WINDOWS = 200  # points of a loss curve
 _SHOWN = 6  # scores in one figure
-_STYLES = {"loss/train/clean": "-", "loss/train/adversarial": "--", "loss/train/total": ":"}
+_STYLES = {"loss/train/clean": "-", "loss/train/adversarial": "--", "loss/train/total": "-"}
 
 
 def plot_losses(runs: Sequence[Run], out: Path) -> bool:
     """Draw the clean and the adversarial loss over batches, as Figure 2 of the paper.
 
     Args:
-        runs: The runs; the loss of one without AEMIM is a clean one.
+        runs: The runs; one without AEMIM, of whatever kind, has one loss.
         out: PNG file.
 
     Returns:
@@ -41,10 +41,10 @@ def plot_losses(runs: Sequence[Run], out: Path) -> bool:
             names.remove("loss/train/total")
         for name in names:
             places, values = _loss(run, name)
-            label = "clean" if name == "loss/train/total" else name.rpartition("/")[2]
-            style = "-" if label == "clean" else _STYLES[name]
+            only = name == "loss/train/total"
+            label = run.name if only else f"{run.name}, {name.rpartition('/')[2]}"
             colour = COLOURS[number % len(COLOURS)]
-            axis.plot(places, values, style, color=colour, linewidth=1.4, label=f"{run.name}, {label}")
+            axis.plot(places, values, _STYLES[name], color=colour, linewidth=1.4, label=label)
     if not axis.lines:
         return False
     _finish(axis, "batch", "loss")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import yaml
@@ -16,7 +17,9 @@ from aemim_algorithm.cli import main
 from aemim_algorithm.evaluation import report_plots
 from aemim_algorithm.evaluation.report import write_report
 from aemim_algorithm.evaluation.report_plots import smoothed
-from aemim_algorithm.evaluation.runs import differing_settings, read_run, read_runs
+from aemim_algorithm.evaluation.runs import Run, differing_settings, read_run, read_runs
+
+Plot: TypeAlias = Callable[[Sequence[Run], Path], bool]
 
 
 def run_in(
@@ -97,16 +100,29 @@ def test_only_what_can_be_drawn_is_drawn_and_older_plots_go(tmp_path: Path) -> N
     assert "None yet: `aemim evaluate`, `aemim probe`" in text
 
 
-def drawn(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, list[list[float]]]]:
-    """Points of accuracy over time, by panel and line, as they stand in the figure."""
+def drawn(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, plot: Plot = report_plots.plot_accuracy_over_time
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Points of a plot, by default accuracy over time, by panel and line, as they stand in the figure."""
     figures: list[Figure] = []
     with monkeypatch.context() as patch:
         patch.setattr(report_plots, "save_figure", lambda figure, out: figures.append(figure))
-        assert report_plots.plot_accuracy_over_time(read_runs(folders), Path("x.png"))
+        assert plot(read_runs(folders), Path("x.png"))
     return {
         axis.get_title(): {str(line.get_label()): line.get_xydata().round(6).tolist() for line in axis.lines}
         for axis in figures[0].axes
     }
+
+
+def test_the_losses_of_both_branches_are_drawn_and_the_one_of_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fine-tuning or a detector loses is no loss of the clean branch."""
+    folders = [run_in(tmp_path / "aemim", batches=4), run_in(tmp_path / "plain", loss_ratio=None, batches=4)]
+    (losses,) = drawn(folders, monkeypatch, report_plots.plot_losses).values()
+    clean = [[batch, round(1 / math.sqrt(batch), 6)] for batch in (1, 2, 3, 4)]
+    adversarial = [[batch, round(1.5 / math.sqrt(batch), 6)] for batch in (1, 2, 3, 4)]
+    assert losses == {"aemim, clean": clean, "aemim, adversarial": adversarial, "plain": clean}
 
 
 def test_evaluations_during_training_are_drawn_over_time(
