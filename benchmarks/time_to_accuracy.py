@@ -4,8 +4,9 @@
 
 The first recipe is the baseline. It is trained for the epochs of the others, and again for as many as
 take the seconds that each slower one takes. With `--shares 0.65` the others are trained for as long as 0.65
-of the baseline's seconds, too. Seconds are batches times the seconds of a batch, measured before in turns;
-those that passed while a run trained stand beside them. Probes count in neither.
+of the baseline's seconds, too; with `--from-scratch` the baseline for none. Seconds are batches times the
+seconds of a batch, measured before in turns; those that passed while a run trained stand beside them. Probes
+count in neither.
 
 Stopped at any time, the same command goes on. Runs that may use the same core or GPU wait for one another;
 `taskset -c 0` and `taskset -c 1` with other `--seeds` share the work, and `--finished` with all seeds puts it
@@ -40,10 +41,12 @@ from aemim_algorithm.recipes.layers import RecipeError
 
 PLAN = "plan.json"
 _SAME = 0.05  # costs that differ by less are one run
+# A batch of the baseline that changes no weight in float32, so that its encoder is the initialisation.
+_UNTRAINED = ("optimizer.base_learning_rate=1.0e-30", "schedule.warmup=0ba")
 
 
 def jobs_of(options: argparse.Namespace, plan: Mapping[str, Any]) -> list[Job]:
-    """All runs: for each seed first those of equal epochs, then those of equal time.
+    """All runs: for each seed first those of equal epochs, then those of equal time, then without training.
 
     Args:
         options: The command line.
@@ -65,11 +68,14 @@ def jobs_of(options: argparse.Namespace, plan: Mapping[str, Any]) -> list[Job]:
         lengths += [
             (method, max(1, round(budget / seconds[method]))) for method in options.at_shares or others
         ]
-    return [
-        Job(method, options.methods[method], batches, seed)
-        for seed in options.seeds
-        for method, batches in dict.fromkeys(lengths)
-    ]
+    jobs = []
+    for seed in options.seeds:
+        jobs += [
+            Job(method, options.methods[method], batches, seed) for method, batches in dict.fromkeys(lengths)
+        ]
+        if options.from_scratch:
+            jobs.append(Job(base, options.methods[base], 1, seed, _UNTRAINED))
+    return jobs
 
 
 def calibrate(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
@@ -224,6 +230,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="*",
         metavar="METHOD",
         help="methods for whose seconds the baseline is trained, too (default: all)",
+    )
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="the baseline's random initialisation, too: a batch of it"
     )
     parser.add_argument("--out", type=Path, default=Path("time_to_accuracy.json"))
     parser.add_argument("--rounds", type=int, default=5, help="turns in which a batch is timed")

@@ -13,9 +13,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from conftest import benchmark_script
 
 from aemim_algorithm.recipes.layers import RecipeError
+from aemim_algorithm.recipes.preflight import prepare
+from aemim_algorithm.recipes.pretrain import pretrain
+from aemim_algorithm.recipes.schema import load_recipe
+from aemim_algorithm.recipes.training import seeded
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PHOTOS = BENCHMARKS / "studies" / "photos"
@@ -89,6 +94,20 @@ def test_the_baseline_has_the_seconds_of_just_the_recipes_that_are_named(
     options = options_of(harness, "--epochs", "1", "--seeds", "1", "--at-equal-time", *words)
     jobs = [(job.method, job.batches) for job in harness.jobs_of(options, PLAN)]
     assert jobs[3:] == [("mae", length) for length in lengths]
+
+
+def test_from_scratch_is_fine_tuned_from_the_initialisation_of_the_same_seed(
+    harness: ModuleType, study: ModuleType, tmp_path: Path
+) -> None:
+    words = ("--epochs", "1", "--seeds", "3", "--from-scratch", "--runs", str(tmp_path), "model.depth=1")
+    options = options_of(harness, *words)
+    *_, last = harness.jobs_of(options, PLAN)
+    assert (last.method, last.seed) == ("mae", 3)
+    arguments = study._arguments(last, options.recipes)["pretrain"]
+    recipe = load_recipe(arguments[0], [*arguments[1:], f"data.cache={tmp_path}"])
+    encoder = torch.load(pretrain(recipe).encoder, weights_only=True)
+    initial = seeded(recipe, prepare(recipe).model).encoder.state_dict()
+    assert max(float((encoder[name] - initial[name]).abs().max()) for name in encoder) < 1e-20
 
 
 def test_seeds_come_one_after_the_other(harness: ModuleType) -> None:
