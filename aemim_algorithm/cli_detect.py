@@ -21,14 +21,23 @@ def detect(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as model.encoder=encoder.pt")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check the recipe and the data, and say how much there is to do")
+    ] = False,
 ) -> None:
     """Train Mask R-CNN on an encoder, as a recipe says, and score it; again, to continue."""
-    from aemim_algorithm.recipes.detect import detect as run
     from aemim_algorithm.recipes.detect_schema import load_detection
 
     loaded = load_detection(recipe, overrides or [])
     try:
-        _print_detector(run(loaded))
+        if dry_run:
+            from aemim_algorithm.recipes.detect_dry_run import dry_run_detection
+
+            print(dry_run_detection(loaded))
+        else:
+            from aemim_algorithm.recipes.detect import detect as run
+
+            _print_detector(run(loaded))
     except RecipeError as error:
         raise RecipeError(f"{recipe}: {error}") from error
 

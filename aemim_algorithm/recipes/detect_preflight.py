@@ -33,7 +33,7 @@ from aemim_algorithm.recipes.layers import RecipeError, first_line
 from aemim_algorithm.recipes.preflight import check_place, check_space, continues
 from aemim_algorithm.recipes.registry import Parts, parts_around
 
-__all__ = ["Plan", "check_objects", "prepare_detection"]
+__all__ = ["Plan", "batches_of", "check_objects", "inspect_objects", "prepare_detection"]
 
 _CATEGORIES = 80  # of the model that is tried before the data tells their number: COCO's
 
@@ -104,17 +104,14 @@ def check_objects(recipe: DetectRecipe, train: DetectionImages, test: DetectionI
         RecipeError: The recipe does not fit the data.
         ValueError: The data cannot be read as a whole.
     """
+    found = on_each_machine(lambda: inspect_objects(recipe, train, test))
+    if found is not None and dist.get_global_rank() == 0:
+        note_fingerprint(recipe, found)
+
+
+def inspect_objects(recipe: DetectRecipe, train: DetectionImages, test: DetectionImages) -> DataFound:
+    """Look at the data as `check_objects` does, by this process alone, and write nothing."""
     folder = Path(recipe.data.source)
-
-    def look() -> DataFound:
-        shards = check_shards(folder)
-        samples, count = sum(shard["samples"] for shard in shards), len(shards)
-        nothing = {"size": 0, "verified": 0, "leftovers": 0}
-        fingerprint = fingerprint_of(shards)
-        found = DataFound(samples, shards=count, present=count, fingerprint=fingerprint, **nothing)
-        check_identity(recipe, found)
-        return found
-
     if test.categories != train.categories:
         raise RecipeError(
             f"data.test_source={recipe.data.test_source}: its categories are not those of "
@@ -130,17 +127,20 @@ def check_objects(recipe: DetectRecipe, train: DetectionImages, test: DetectionI
             f"data.test_source={recipe.data.test_source}: {test.dropped} images without objects were left "
             "out, on which a detector may be wrong: write the shards without --drop-empty"
         )
-    found = on_each_machine(look)
     _check_warmup(recipe, len(train))
-    if found is not None and dist.get_global_rank() == 0:
-        note_fingerprint(recipe, found)
+    shards = check_shards(folder)
+    samples, count = sum(shard["samples"] for shard in shards), len(shards)
+    nothing = {"size": 0, "verified": 0, "leftovers": 0}
+    found = DataFound(samples, shards=count, present=count, fingerprint=fingerprint_of(shards), **nothing)
+    check_identity(recipe, found)
+    return found
 
 
 def _check_warmup(recipe: DetectRecipe, images: int) -> None:
     """Refuse a warm-up that ends after the first step: Composer's scheduler looks at no step before."""
     schedule = recipe.schedule
     end = next(iter(schedule.milestones), recipe.max_duration)
-    warmup, before = (_batches(time, recipe, images) for time in (schedule.warmup, end))
+    warmup, before = (batches_of(time, recipe, images) for time in (schedule.warmup, end))
     if warmup >= before:
         raise RecipeError(
             f"schedule.warmup={schedule.warmup}: expected fewer than the {before:.0f} batches until {end}, "
@@ -148,9 +148,10 @@ def _check_warmup(recipe: DetectRecipe, images: int) -> None:
         )
 
 
-def _batches(time: str, recipe: DetectRecipe, images: int) -> float:
+def batches_of(time: str, recipe: DetectRecipe, images: int) -> float:
+    """The batches of a time such as ``0.1dur`` or ``100ep``, with so many images to train on."""
     if time.endswith("dur"):
-        return float(time[:-3]) * _batches(recipe.max_duration, recipe, images)
+        return float(time[:-3]) * batches_of(recipe.max_duration, recipe, images)
     amount, size = int(time[:-2]), recipe.global_batch_size
     return {"ep": amount * (images // size), "ba": amount, "sp": amount / size}[time[-2:]]
 

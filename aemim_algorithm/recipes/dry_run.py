@@ -25,7 +25,7 @@ from aemim_algorithm.recipes.schema import (
 )
 from aemim_algorithm.recipes.training import learning_rate, microbatch_of
 
-__all__ = ["count_images", "dry_run"]
+__all__ = ["count_images", "disk_line", "dry_run", "learning_rate_line", "millions"]
 
 _DTYPES = {"fp32": torch.float32, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
 
@@ -51,7 +51,8 @@ def dry_run(recipe: Recipe | FineTuneRecipe, *, seconds: float = 1.0) -> str:
     lines = [recipe_yaml(recipe), *_size(recipe, cost), *_memory(recipe, cost)]
     lines += [*_time(recipe, cost, rate, device, images)]
     lines.append(f"data: {found or 'to be converted into shards first'}")
-    return "\n".join([*lines, *_disk(recipe, cost)])
+    # A checkpoint has no gradients.
+    return "\n".join([*lines, disk_line(recipe, cost.state_bytes * 3 // 4)])
 
 
 def _cost(recipe: Recipe | FineTuneRecipe) -> Estimate:
@@ -88,20 +89,35 @@ def count_images(source: str) -> int | None:
     return None
 
 
+def learning_rate_line(recipe: TrainingRecipe) -> str:
+    """The learning rate, and where it comes from."""
+    return f"learning rate: {learning_rate(recipe):.3g} at its peak (base rate x {recipe.global_batch_size} / 256)"
+
+
+def disk_line(recipe: TrainingRecipe, size: int) -> str:
+    """What the checkpoints of a run take, of ``size`` bytes each, and what there is."""
+    kept, free = checkpoints_kept(recipe), free_bytes(Path(recipe.save_folder))
+    return (
+        f"disk: about {in_units(kept * size)} for {kept} checkpoints of {in_units(size)}; "
+        f"{in_units(free)} free for {recipe.save_folder}"
+    )
+
+
+def millions(count: int) -> str:
+    """Such as ``85.80 M``."""
+    return f"{count / 1e6:.2f} M"
+
+
 def _size(recipe: TrainingRecipe, cost: Estimate) -> list[str]:
     if isinstance(recipe, FineTuneRecipe):
-        parameters = f"parameters: {_millions(cost.encoder + cost.other)}"
+        parameters = f"parameters: {millions(cost.encoder + cost.other)}"
     else:
         parameters = (
-            f"parameters: encoder {_millions(cost.encoder)}, decoder {_millions(cost.other)}, "
-            f"together {_millions(cost.encoder + cost.other)}; "
-            f"adversarial copies {_millions(cost.adversarial)}"
+            f"parameters: encoder {millions(cost.encoder)}, decoder {millions(cost.other)}, "
+            f"together {millions(cost.encoder + cost.other)}; "
+            f"adversarial copies {millions(cost.adversarial)}"
         )
-    return [
-        parameters,
-        f"learning rate: {learning_rate(recipe):.3g} at its peak "
-        f"(base rate x {recipe.global_batch_size} / 256)",
-    ]
+    return [parameters, learning_rate_line(recipe)]
 
 
 def _memory(recipe: TrainingRecipe, cost: Estimate) -> list[str]:
@@ -126,15 +142,6 @@ def _data(recipe: TrainingRecipe) -> DataFound | None:
     if not (is_remote(source) or is_shards(str(folder))):
         return None
     return inspect_data(recipe, folder, keep_index=False)
-
-
-def _disk(recipe: TrainingRecipe, cost: Estimate) -> list[str]:
-    kept, free = checkpoints_kept(recipe), free_bytes(Path(recipe.save_folder))
-    size = cost.state_bytes * 3 // 4  # without the gradients
-    return [
-        f"disk: about {in_units(kept * size)} for {kept} checkpoints of {in_units(size)}; "
-        f"{in_units(free)} free for {recipe.save_folder}"
-    ]
 
 
 def _time(
@@ -165,10 +172,6 @@ def _total_images(recipe: TrainingRecipe, images: int | None) -> int | None:
     if unit == "sp":
         return amount
     return None if images is None else amount * images
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M"
 
 
 def _gibibytes(count: float) -> str:

@@ -32,6 +32,7 @@ from aemim_algorithm.detection.windows import WindowBlock
 from aemim_algorithm.evaluation.runs import read_run
 from aemim_algorithm.models import MODELS
 from aemim_algorithm.recipes.detect import Detected, detect
+from aemim_algorithm.recipes.detect_dry_run import dry_run_detection
 from aemim_algorithm.recipes.detect_preflight import prepare_detection
 from aemim_algorithm.recipes.detect_schema import DetectRecipe, load_detection
 from aemim_algorithm.recipes.schema import RecipeError
@@ -357,8 +358,35 @@ def test_other_categories_to_test_on_are_refused(sets: Path, tmp_path: Path) -> 
     coco["categories"].append({"id": 11, "name": "star"})
     (tmp_path / "more.json").write_text(json.dumps(coco))
     convert_coco(tmp_path / "more.json", sets / "test", tmp_path / "more")
-    with pytest.raises(RecipeError, match=r"data.test_source=.*more: its categories are not those of data\."):
-        detect(recipe_in(tmp_path, sets, f"data.test_source={tmp_path / 'more'}"))
+    recipe = recipe_in(tmp_path, sets, f"data.test_source={tmp_path / 'more'}")
+    for run in (detect, dry_run_detection):
+        with pytest.raises(
+            RecipeError, match=r"data.test_source=.*more: its categories are not those of data\."
+        ):
+            run(recipe)
+
+
+def test_a_dry_run_counts_what_a_run_would_do_and_writes_nothing(sets: Path, tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path, sets, "model.freeze_encoder=true")
+    report = dry_run_detection(recipe)
+    images = DetectionImages(sets / "train-mds", train=True)
+    assert f"data: {len(images)} training images with objects of {len(images.categories)} cat" in report
+    assert f"length: {2 * (len(images) // 4)} steps of 4 images" in report
+    assert "learning rate: 0.0025 at its peak (base rate x 4 / 256)" in report
+    network = prepare_detection(recipe).model(len(images.categories)).network
+    backbone, whole, trained = (
+        sum(value.numel() for value in values) / 1e6
+        for values in (
+            network.backbone.parameters(),
+            network.parameters(),
+            (value for name, value in network.named_parameters() if "backbone.encoder." not in name),
+        )
+    )
+    assert (
+        f"parameters: backbone {backbone:.2f} M, heads {whole - backbone:.2f} M, together {whole:.2f} M, of "
+        f"which {trained:.2f} M are trained" in report
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_trains_and_prints(
@@ -367,13 +395,14 @@ def test_the_command_trains_and_prints(
     recipe_in(tmp_path, sets)
     places = [f"data.source={sets / 'train-mds'}", f"data.test_source={sets / 'test-mds'}"]
     places += [f"save_folder={tmp_path / 'run'}", "max_duration=3ba", "schedule.milestones=[]"]
-    for last, code in (("model.window=0", 2), ("seed=3", 0)):
+    for last, code in (("model.window=0", 2), ("--dry-run", 0), ("seed=3", 0)):
         monkeypatch.setattr("sys.argv", ["aemim", "detect", str(tmp_path / "tiny.yaml"), *places, last])
         with pytest.raises(SystemExit) as ended:
             main()
         assert int(ended.value.code or 0) == code
         out, err = capsys.readouterr()
         assert ("expected at least 1 patch" in err) == (code == 2)
+        assert ("length: 3 steps" in out) == (last == "--dry-run")
     assert out.splitlines()[0].split() == ["AP,", "%", "AP", "AP50", "AP75", "APs", "APm", "APl"]
     assert f"detector    {tmp_path / 'run' / 'detector.pt'}" in out
 
