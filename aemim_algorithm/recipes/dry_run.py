@@ -91,7 +91,8 @@ def count_images(source: str) -> int | None:
 
 def learning_rate_line(recipe: TrainingRecipe) -> str:
     """The learning rate, and where it comes from."""
-    return f"learning rate: {learning_rate(recipe):.3g} at its peak (base rate x {recipe.global_batch_size} / 256)"
+    rate, batch = learning_rate(recipe), recipe.global_batch_size
+    return f"learning rate: {rate:.3g} at its peak (base rate x {batch} / 256)"
 
 
 def disk_line(recipe: TrainingRecipe, size: int) -> str:
