@@ -1,4 +1,7 @@
-"""Two processes that train with a slow probe, for `test_online_probe`."""
+"""Two processes that train with a probe that is slow, or fails, for `test_online_probe`.
+
+``python online_probe_worker.py SHARDS OUT slow|failing``
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,19 @@ class SlowProbe(OnlineProbe):
         return super().scores(state)
 
 
-def train(shards: str, out: str) -> None:
-    """Four batches, with a probe after each; every process notes its clock."""
+class FailingProbe(OnlineProbe):
+    """Fails at its second probe."""
+
+    def scores(self, state: State) -> dict[str, float]:
+        if state.timestamp.batch == 2:
+            raise FloatingPointError("features of batch 2")
+        return super().scores(state)
+
+
+def train(shards: str, out: str, kind: str) -> None:
+    """Four batches, with a probe after each; every process notes its clock, or why it ended."""
     join_world()
+    probe = {"slow": SlowProbe, "failing": FailingProbe}[kind]
     model, data = tiny_mae(), TensorDataset(normalised_images(32), torch.arange(32))
     trainer = Trainer(
         model=model,
@@ -37,14 +50,18 @@ def train(shards: str, out: str) -> None:
         optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
         max_duration="4ba",
         device="cpu",
-        callbacks=[SlowProbe(train=shards, test=shards, image_size=16, interval="1ba")],
+        callbacks=[probe(train=shards, test=shards, image_size=16, interval="1ba")],
         loggers=[History(out)],
         progress_bar=False,
     )
-    trainer.fit()
+    note = Path(out, f"{dist.get_global_rank()}.json")
+    try:
+        trainer.fit()
+    except (FloatingPointError, ValueError) as error:
+        note.write_text(json.dumps(f"{type(error).__name__}: {error}"))
+        return
     trainer.close()
-    seconds = trainer.state.timestamp.total_wct.total_seconds()
-    Path(out, f"{dist.get_global_rank()}.json").write_text(json.dumps(seconds))
+    note.write_text(json.dumps(trainer.state.timestamp.total_wct.total_seconds()))
 
 
 if __name__ == "__main__":

@@ -246,11 +246,23 @@ def test_a_second_fit_does_not_pay_for_the_first_ones_last_probe(shards: Path) -
     assert before < trainer.state.timestamp.total_wct
 
 
+def of_two_processes(shards: Path, out: Path, kind: str) -> list[Any]:
+    """What each of them has noted."""
+    script = Path(__file__).with_name("online_probe_worker.py")
+    run_script(script, shards / "train", out, kind, timeout=60)
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
 def test_two_processes_agree_on_the_clock(shards: Path, tmp_path: Path) -> None:
-    run_script(Path(__file__).with_name("online_probe_worker.py"), shards / "train", tmp_path, timeout=60)
-    clocks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    clocks = of_two_processes(shards, tmp_path, "slow")
     assert clocks[0] == clocks[1] < 2 * SLEEP  # three of the probes would have counted
     assert [batch for batch, _ in evaluations(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_probe_that_fails_ends_both_processes(shards: Path, tmp_path: Path) -> None:
+    first, second = of_two_processes(shards, tmp_path, "failing")
+    assert first == "FloatingPointError: features of batch 2"
+    assert second == "ValueError: features of batch 2"
 
 
 @pytest.mark.parametrize(("size", "count"), [(10, 10), (10, 99), (100, 7), (1000, 30), (3, 2)])

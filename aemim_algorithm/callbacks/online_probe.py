@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from composer.core import Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
-from composer.utils import create_interval_scheduler, dist
+from composer.utils import create_interval_scheduler
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from aemim_algorithm.evaluation.features import extract_features
 from aemim_algorithm.evaluation.frozen import relabelled, training_labels
 from aemim_algorithm.evaluation.knn import knn_accuracy
 from aemim_algorithm.evaluation.linear_probe import linear_probe_accuracy
+from aemim_algorithm.first_rank import on_first_rank
 from aemim_algorithm.randomness import RngState
 from aemim_algorithm.sharding import unwrapped
 from aemim_algorithm.validation import require_integer, require_number, require_per_channel
@@ -128,21 +129,14 @@ class OnlineProbe(Callback):
         for name in ("train", "test"):
             if getattr(self, name) is None:
                 raise ValueError(f"OnlineProbe: {name}=None; expected a folder of MDS shards with labels")
-        if dist.get_global_rank() == 0:
-            self._labels()
-            for name in ("train", "test"):
-                EvaluationImages(getattr(self, name), image_size=self.image_size)
+        on_first_rank(self._check)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Decode the images, see that the encoder takes them, and probe if that is wanted.
 
         Composer's clock starts after this event.
         """
-        if dist.get_global_rank() == 0 and not self._split:
-            self._load()
-            images, labels = self._split["train"]
-            with _without_trace(state):  # what does not fit fails now, not hours later
-                self._features(state, (images[:1], labels[:1]))
+        on_first_rank(lambda: self._prepare(state))
         self._probed_at = -1
         if self.at_start and state.timestamp.batch == 0:
             self._probe(state, logger)
@@ -166,13 +160,14 @@ class OnlineProbe(Callback):
         self._probed_at = int(state.timestamp.batch)
         if state.device.name == "gpu":
             torch.cuda.synchronize()  # what training has begun is not the probe's
-        start = time.perf_counter()
-        if dist.get_global_rank() == 0:
+
+        def probe() -> float:
+            start = time.perf_counter()
             scores = self.scores(state)
             logger.log_metrics({f"metrics/probe/{name}": value for name, value in scores.items()})
-        seconds = [time.perf_counter() - start]
-        dist.broadcast_object_list(seconds)
-        self._owed += seconds[0]
+            return time.perf_counter() - start
+
+        self._owed += on_first_rank(probe)
 
     def _settle(self, state: State) -> None:
         """The batch that has ended holds the seconds of a probe before it: they are not of training."""
@@ -212,6 +207,21 @@ class OnlineProbe(Callback):
             encoders, batches, normalize=self._normalize, device=_device(state)
         )
         return features["encoder"], labels
+
+    def _check(self) -> None:
+        """Refuse folders that cannot be probed."""
+        self._labels()
+        for name in ("train", "test"):
+            EvaluationImages(getattr(self, name), image_size=self.image_size)
+
+    def _prepare(self, state: State) -> None:
+        """Decode the images, if that has not been done, and see that the encoder takes them."""
+        if self._split:
+            return
+        self._load()
+        images, labels = self._split["train"]
+        with _without_trace(state):  # what does not fit fails now, not hours later
+            self._features(state, (images[:1], labels[:1]))
 
     def _load(self) -> None:
         for name, count in self._limits.items():

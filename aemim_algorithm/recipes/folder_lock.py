@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from composer.utils import dist
+from aemim_algorithm.first_rank import on_first_rank
 
 __all__ = ["hold_save_folder"]
 
@@ -30,36 +30,36 @@ def hold_save_folder(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another run is at work in the folder, or it cannot be written; on every rank.
     """
-    handle, refusal = None, [""]
-    if dist.get_global_rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            refusal = [_refusal(folder, handle)]
-        except OSError as reason:  # the others wait for an answer
-            refusal = [f"save_folder={folder}: cannot be written ({reason})"]
+    handles: list[int] = []
     try:
-        dist.broadcast_object_list(refusal, src=0)
-        if refusal[0]:
-            raise ValueError(refusal[0])
+        on_first_rank(lambda: _take(folder, handles))
         yield
     finally:
-        if handle is not None:
+        for handle in handles:
             os.close(handle)
 
 
-def _refusal(folder: Path, handle: int) -> str:
-    """Take the lock; nothing, or who has it."""
+def _take(folder: Path, handles: list[int]) -> None:
+    """Open the lock's file, which goes into the list, and take the lock."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handles.append(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666))
+        _lock(folder, handles[0])
+    except OSError as reason:
+        raise ValueError(f"save_folder={folder}: cannot be written ({reason})") from reason
+
+
+def _lock(folder: Path, handle: int) -> None:
+    """Take the lock, and say who has it; or refuse, naming who has."""
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # which of the two depends on the file system
+    except (BlockingIOError, PermissionError) as taken:  # which of the two depends on the file system
         holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "a process"
-        return (
+        raise ValueError(
             f"save_folder={folder}: {holder} is at work on the run in it; wait for its end, or choose "
             "another run_name"
-        )
+        ) from taken
     except OSError:  # a file system without locks
-        return ""
+        return
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return ""

@@ -6,8 +6,6 @@ import os
 import warnings
 from pathlib import Path
 
-from composer.utils import dist
-
 from aemim_algorithm.callbacks.checkpoint_files import (
     LATEST_NAME,
     checkpoints_in,
@@ -16,6 +14,7 @@ from aemim_algorithm.callbacks.checkpoint_files import (
     remove,
     remove_partial,
 )
+from aemim_algorithm.first_rank import on_first_rank
 
 __all__ = ["has_checkpoint", "resume_point"]
 
@@ -44,21 +43,18 @@ def resume_point(folder: Path) -> Path | None:
         ValueError: If there are checkpoints, and none of them is whole or they cannot be read; on every
             rank.
     """
-    found: list[tuple[Path | None, str]] = [(None, "")]
-    if dist.get_global_rank() == 0:
-        try:
-            found = [_find(folder)]
-        except OSError as reason:  # the others wait for an answer
-            found = [(None, f"save_folder={folder}: the checkpoints cannot be looked at ({reason})")]
-    dist.broadcast_object_list(found, src=0)
-    ((checkpoint, error),) = found
-    if error:
-        raise ValueError(error)
-    return checkpoint
+    return on_first_rank(lambda: _find(folder))
 
 
-def _find(folder: Path) -> tuple[Path | None, str]:
-    """The checkpoint, or what is wrong with all of them."""
+def _find(folder: Path) -> Path | None:
+    try:
+        return _whole(folder)
+    except OSError as reason:
+        raise ValueError(f"save_folder={folder}: the checkpoints cannot be looked at ({reason})") from reason
+
+
+def _whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; none if there are none at all."""
     for place in (folder, folder / "pictures"):
         remove_partial(place)
     damaged: dict[Path, str] = {}
@@ -67,14 +63,14 @@ def _find(folder: Path) -> tuple[Path | None, str]:
         if reason is None:
             link(checkpoint, _LATEST)
             _set_aside(damaged, checkpoint)
-            return checkpoint, ""
+            return checkpoint
         damaged[checkpoint] = reason
     if not damaged and not os.path.lexists(folder / _LATEST):
-        return None, ""
+        return None
     reasons = [f"{path.name}: {reason}" for path, reason in damaged.items()] or [
         f"{_LATEST} links to nothing"
     ]
-    return None, (
+    raise ValueError(
         f"save_folder={folder}: none of its {len(damaged)} checkpoints can be read ({reasons[0]}); put one "
         "back, or start afresh under another run_name"
     )
