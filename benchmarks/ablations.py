@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from record import environment, write_json
 from study import Job, batches_per_epoch, check, make_runs
 from study_options import add_stage_options, ended, read_stage_options
+from study_plots import grid, score_title, shown_scores
 from study_tables import cell, mean_and_deviation, score_names
 
 from aemim_algorithm import AEMIM
@@ -166,7 +167,7 @@ def draw_losses(result: Mapping[str, Any], out: Path) -> None:
 def draw_loss_ratio(result: Mapping[str, Any], out: Path) -> None:
     """Figure 4: what the fine-tuned classifiers reach over λ, if two values of it were run."""
     group, curves = GROUPS["loss_ratio"], dict[str, list[Point]]()
-    shown = [name for name in ("finetuned", "corruptions") if name in score_names(result)]
+    shown = shown_scores(score_names(result))
     for value in sorted([*group.overrides, group.default], key=float):
         method = DEFAULT if value == group.default else f"loss_ratio {value}"
         runs = [run for run in result["runs"] if run["method"] == method]
@@ -176,12 +177,12 @@ def draw_loss_ratio(result: Mapping[str, Any], out: Path) -> None:
             curves.setdefault(name, []).append(Point(float(value), mean, *band))
     if all(len(points) < 2 for points in curves.values()):
         return
-    figure = Figure(figsize=(4.6 * len(curves), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(curves), squeeze=False)
-    for axis, (name, points) in zip(axes.flat, curves.items(), strict=True):
+    figure, axes = grid(len(curves))
+    for axis, (name, points) in zip(axes, curves.items(), strict=True):
         draw_curves(axis, {name: points})
+        axis.set_title(score_title(name), fontsize=10)
         axis.set_xlabel("weight λ of the clean loss", fontsize=9)
-        axis.set_ylabel(f"{name}, top-1 accuracy, %", fontsize=9)
+        axis.set_ylabel("top-1 accuracy, %", fontsize=9)
     save_figure(figure, out)
 
 

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study_tables import Group, groups, mean_and_deviation, score_names
 
 from aemim_algorithm.evaluation.plots import Point, draw_curves, save_figure
 
-__all__ = ["draw"]
+__all__ = ["draw", "grid", "score_title", "shown_scores"]
 
 _PROBES = {"knn": "k-NN", "linear": "linear probe"}
 _COLUMNS = 3
@@ -30,19 +31,25 @@ def draw(result: Mapping[str, Any], out: Path) -> None:
         (f"{title}, while pre-training", {name: _probes(runs, probe) for name, runs in rows.items()})
         for probe, title in _PROBES.items()
     ]
-    panels += [(_title(score), _by_length(rows, score)) for score in _shown(score_names(result))]
-    height = -(-len(panels) // _COLUMNS)
-    figure = Figure(figsize=(4.6 * _COLUMNS, 3.6 * height + 0.4), layout="constrained")
-    axes = figure.subplots(height, _COLUMNS, squeeze=False)
-    for axis, (title, curves) in zip(axes.flat, panels, strict=False):
+    panels += [(score_title(score), _by_length(rows, score)) for score in shown_scores(score_names(result))]
+    figure, axes = grid(len(panels))
+    for axis, (title, curves) in zip(axes, panels, strict=True):
         draw_curves(axis, curves)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("pre-training, s", fontsize=9)
         axis.set_ylabel("top-1 accuracy, %", fontsize=9)
         axis.legend(fontsize=6, frameon=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
     save_figure(figure, out)
+
+
+def grid(panels: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, in rows of three."""
+    rows = -(-panels // _COLUMNS)
+    figure = Figure(figsize=(4.6 * _COLUMNS, 3.6 * rows + 0.4), layout="constrained")
+    axes = [*figure.subplots(rows, _COLUMNS, squeeze=False).flat]
+    for axis in axes[panels:]:
+        axis.set_axis_off()
+    return figure, axes[:panels]
 
 
 def _probes(runs: Group, probe: str) -> list[Point]:
@@ -70,12 +77,13 @@ def _point(at: float, values: list[float]) -> Point:
     return Point(at, mean) if deviation is None else Point(at, mean, mean - deviation, mean + deviation)
 
 
-def _shown(names: list[str]) -> list[str]:
+def shown_scores(names: list[str]) -> list[str]:
     """All but what is there twice: budget 0 is the clean accuracy."""
     return [name for name in names if not (name.startswith(_ADVERSARIAL) and name.endswith("ε=0"))]
 
 
-def _title(score: str) -> str:
+def score_title(score: str) -> str:
+    """What a panel calls a score."""
     return {"finetuned": "fine-tuned, all test images", "corruptions": "fine-tuned, corruptions"}.get(
         score, f"fine-tuned, {score}"
     )
