@@ -83,9 +83,13 @@ GROUPS = {
 """Table 8 (a) to (d), Figure 4, and what the paper leaves open."""
 
 
-def jobs_of(options: argparse.Namespace, per_epoch: int) -> list[Job]:
-    """All runs: the recipe as it is and the baseline once a seed, then the groups in order."""
-    batches = round(options.epochs * per_epoch)
+def jobs_of(options: argparse.Namespace, per_epoch: Mapping[Path, int]) -> list[Job]:
+    """All runs: the recipe as it is and the baseline once a seed, then the groups in order.
+
+    Args:
+        options: The command line.
+        per_epoch: Batches of an epoch of each recipe.
+    """
     settings: dict[str, tuple[Path, tuple[str, ...]]] = {DEFAULT: (options.recipe, ())}
     if options.baseline:
         settings[BASELINE] = (options.baseline, ())
@@ -93,30 +97,37 @@ def jobs_of(options: argparse.Namespace, per_epoch: int) -> list[Job]:
         for value, overrides in GROUPS[name].overrides.items():
             settings[f"{name} {value}"] = (options.recipe, overrides)
     return [
-        Job(method, recipe, batches, seed, overrides)
+        Job(method, recipe, round(options.epochs * per_epoch[recipe]), seed, overrides)
         for seed in options.seeds
         for method, (recipe, overrides) in settings.items()
     ]
 
 
-def require_default(recipe: Path, overrides: Sequence[str], names: Sequence[str]) -> None:
-    """Refuse a recipe that is not what the tables call it.
+def require_default(recipe: Path, baseline: Path | None, overrides: Sequence[str]) -> None:
+    """Refuse recipes that are not what the tables call them.
 
     Raises:
-        RecipeError: If an argument of AEMIM is not the default of its group.
+        RecipeError: If an argument of AEMIM is not the default of its group; if the baseline has AEMIM, or
+            another model.
     """
-    algorithms = load_recipe(recipe, overrides).algorithms
-    if "aemim" not in algorithms:
+    loaded = load_recipe(recipe, overrides)
+    if "aemim" not in loaded.algorithms:
         raise RecipeError(f"{recipe}: algorithms: expected aemim among them")
     values = {name: value.default for name, value in inspect.signature(AEMIM).parameters.items()}
-    values |= algorithms["aemim"] or {}
-    for name in names:
-        key = GROUPS[name].key
-        expected = None if key == "step_size" else GROUPS[name].default
-        if str(values[key]) != str(expected):
+    values |= loaded.algorithms["aemim"] or {}
+    for name, group in GROUPS.items():
+        expected = None if group.key == "step_size" else group.default
+        if str(value := values[group.key]) != str(expected):
             raise RecipeError(
-                f"{recipe}: algorithms.aemim.{key}={values[key]}: expected {expected}, the default of {name}"
+                f"{recipe}: algorithms.aemim.{group.key}={value}: expected {expected}, the default of {name}"
             )
+    if baseline is None:
+        return
+    without = load_recipe(baseline, overrides)
+    if "aemim" in without.algorithms:
+        raise RecipeError(f"--baseline={baseline}: algorithms: expected no aemim among them")
+    if without.model != loaded.model:
+        raise RecipeError(f"--baseline={baseline}: expected the model of {recipe}")
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -193,8 +204,10 @@ def main(arguments: Sequence[str]) -> int:
 def _main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     result, recipes = environment("benchmarks/ablations.py", arguments), options.recipes
-    require_default(options.recipe, recipes.overrides["pretrain"], options.groups)
-    jobs = jobs_of(options, batches_per_epoch(options.recipe, recipes.overrides["pretrain"]))
+    told = recipes.overrides["pretrain"]
+    require_default(options.recipe, options.baseline, told)
+    paths = [path for path in (options.recipe, options.baseline) if path is not None]
+    jobs = jobs_of(options, {path: batches_per_epoch(path, told) for path in paths})
     for job in jobs:
         check(job, recipes)
     print(f"{len(jobs)} runs", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Who may use which cores and GPUs now: benchmarks that overlap wait for one another.
+"""Who may use which cores and GPUs now: studies that overlap wait for one another.
 
 Each core that this process may run on, with the other threads of the same core, and each GPU that it sees has
-a lock file. Two benchmarks that `taskset`, and on GPUs `CUDA_VISIBLE_DEVICES` as well, keep apart run side by
+a lock file. Two studies that `taskset`, and on GPUs `CUDA_VISIBLE_DEVICES` as well, keep apart run side by
 side; all others one after the other.
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from aemim_algorithm import environment as package
@@ -17,5 +19,20 @@ def environment(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     Args:
         script: Path of the script in the repository.
         arguments: Its command line.
+
+    Returns:
+        ``commit``, too: of this repository, ending in ``-dirty`` where tracked files differ from it; ``None``
+        outside of git.
     """
-    return package.environment(["python", script, *arguments])
+    return package.environment(["python", script, *arguments]) | {"commit": _commit()}
+
+
+def _commit() -> str | None:
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

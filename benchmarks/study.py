@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lanes import reserved
 from processes import execute, last_line
 from record import environment, write_json
@@ -168,21 +169,21 @@ def run(job: Job, recipes: Recipes) -> dict[str, Any]:
         for stage in _STAGES:
             _require_same(stage, arguments[stage], folder)
         if not (folder / OUTCOME).exists():
+            machine = environment(str(job.recipe), ())
             for stage in _STAGES:
                 if not _is_done(stage, folder):
                     _run_stage(stage, arguments[stage], folder)
-            write_json(_outcome(job, folder), folder / OUTCOME)
+            write_json(_outcome(job, folder, machine), folder / OUTCOME)
     found: dict[str, Any] = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
     return found
 
 
-def _outcome(job: Job, folder: Path) -> dict[str, Any]:
+def _outcome(job: Job, folder: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
     try:
         found = outcome_of(folder)
     except (ValueError, LookupError, OSError) as error:
         raise StageError(f"{folder} cannot be read ({error}): delete it") from error
-    machine = environment(str(job.recipe), ())
-    known = {key: machine[key] for key in ("date", "hardware", "versions")}
+    known = {key: machine[key] for key in ("date", "commit", "hardware", "versions")}
     identity = {"method": job.method, "batches": job.batches, "seed": job.seed}
     return identity | found | {"environment": known | {"cores": len(os.sched_getaffinity(0))}}
 
@@ -260,12 +261,16 @@ def settings_of(stage: str, words: Sequence[str]) -> str:
 
 
 def _require_same(stage: str, words: Sequence[str], folder: Path) -> None:
-    """Note what a stage is told before it starts; refuse to go on with what was told something else."""
-    file, settings = folder / f"{stage}.settings", settings_of(stage, words)
+    """Note what a stage is told, and where, before it starts; refuse to go on with anything else."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    file, settings = folder / f"{stage}.settings", f"{device}: {settings_of(stage, words)}"
     if not file.exists():
         write_text(settings, file)
     elif file.read_text(encoding="utf-8") != settings:
-        raise StageError(f"{folder} holds a run with another recipe of {stage}: choose another --runs")
+        raise StageError(
+            f"{folder} holds a run with another recipe of {stage}, or on another device: choose another "
+            "--runs"
+        )
 
 
 def _is_done(stage: str, folder: Path) -> bool:

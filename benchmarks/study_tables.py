@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Group", "cell", "groups", "mean_and_deviation", "score_names", "seconds_until", "table"]
+__all__ = [
+    "Group",
+    "Reached",
+    "cell",
+    "groups",
+    "mean_and_deviation",
+    "score_names",
+    "seconds_until",
+    "table",
+]
 
 _NOTES = """Mean ± sample standard deviation over seeds; accuracies in percent. Seconds: batches times those
-of a batch in turns; measured: as they passed."""
+of a batch in turns; measured: as they passed; ≤: the first probe was above it already."""
 
 Result = Mapping[str, Any]
 Group = Sequence[Mapping[str, Any]]
@@ -66,7 +75,19 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def seconds_until(run: Mapping[str, Any], probe: str, target: float) -> float | None:
+class Reached(NamedTuple):
+    """When an accuracy was reached.
+
+    Attributes:
+        seconds: Of pre-training.
+        at_first: The first probe was above it already, so it may have been reached at any time before.
+    """
+
+    seconds: float
+    at_first: bool
+
+
+def seconds_until(run: Mapping[str, Any], probe: str, target: float) -> Reached | None:
     """When the probes of a run reach an accuracy for good; between two of them, along a line.
 
     For good, because probes go up and down: a run would often meet its own final accuracy half way by luck.
@@ -77,7 +98,7 @@ def seconds_until(run: Mapping[str, Any], probe: str, target: float) -> float | 
         target: In percent.
 
     Returns:
-        Seconds of pre-training; ``None`` if it does not end there.
+        When; ``None`` if it does not end there.
     """
     a_batch = run["seconds"] / run["batches"]
     after: tuple[float, float] | None = None
@@ -87,9 +108,9 @@ def seconds_until(run: Mapping[str, Any], probe: str, target: float) -> float | 
             if after is None:
                 return None
             share = (target - value) / (after[1] - value)
-            return float(seconds + share * (after[0] - seconds))
+            return Reached(seconds + share * (after[0] - seconds), at_first=False)
         after = seconds, value
-    return None if after is None else after[0]
+    return None if after is None else Reached(after[0], at_first=True)
 
 
 def _base(result: Result) -> Group:
@@ -102,10 +123,10 @@ def _until(runs: Group, base: Group, probe: str) -> str:
     targets = {run["seed"]: run["probes"][-1][probe] for run in base if run["probes"]}
     pairs = [(run, targets[run["seed"]]) for run in runs if run["seed"] in targets]
     found = [seconds_until(run, probe, target) for run, target in pairs]
-    reached = [seconds for seconds in found if seconds is not None]
+    reached = [when for when in found if when is not None]
     if not reached:
         return "not reached" if found else "–"
-    text = cell(reached, digits=0)
+    text = "≤ " * any(when.at_first for when in reached) + cell([when.seconds for when in reached], digits=0)
     return text if len(reached) == len(found) else f"{text} ({len(reached)} of {len(found)} seeds)"
 
 

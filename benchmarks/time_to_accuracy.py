@@ -84,8 +84,8 @@ def calibrate(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
     A recipe that comes later is measured beside the baseline, whose first figures stay.
 
     Returns:
-        ``batch_seconds``, one entry a round, and ``batches_per_epoch``, by method; ``settings`` and
-        ``environment`` of each.
+        ``batch_seconds``, one entry a round, and ``batches_per_epoch``, by method; ``settings``,
+        ``environment`` and ``as_measured`` of each.
 
     Raises:
         RecipeError: If a recipe cannot run here, the folder's figures are of other settings or cores, or it
@@ -116,11 +116,20 @@ def calibrate(options: argparse.Namespace, recipes: Recipes) -> dict[str, Any]:
 
 
 def _joined(plan: Mapping[str, Any], found: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """Add what was found of new methods, at the speed that the baseline had when it was first measured."""
+    """Add what was found of new methods, at the speed that the baseline had when it was first measured.
+
+    ``as_measured`` keeps the rounds themselves, and those of the baseline beside them.
+    """
     seconds, old = found["batch_seconds"], plan.get("batch_seconds", {}).get(base)
     speed = statistics.median(old) / statistics.median(seconds[base]) if old else 1.0
-    scaled = {method: [speed * each for each in values] for method, values in seconds.items()}
-    return {part: values | plan.get(part, {}) for part, values in {**found, "batch_seconds": scaled}.items()}
+    parts = dict(found) | {
+        "batch_seconds": {method: [speed * each for each in values] for method, values in seconds.items()},
+        "as_measured": {
+            method: {"batch_seconds": values, "baseline": seconds[base], "scaled_by": speed}
+            for method, values in seconds.items()
+        },
+    }
+    return {part: values | plan.get(part, {}) for part, values in parts.items()}
 
 
 def _settings(options: argparse.Namespace, recipes: Recipes) -> dict[str, str]:
@@ -135,6 +144,8 @@ def _settings(options: argparse.Namespace, recipes: Recipes) -> dict[str, str]:
 
 
 def _measured(options: argparse.Namespace, recipes: Recipes, methods: Sequence[str]) -> dict[str, Any]:
+    threads = len(os.sched_getaffinity(0))
+    here = environment("benchmarks/time_to_accuracy.py", sys.argv[1:]) | {"cores": threads}
     told = [*recipes.overrides["pretrain"], "evaluate=false"]
     timed = [*told, f"max_duration={options.batches}ba", "schedule.warmup=0ba"]
     paths = {method: options.methods[method] for method in methods}
@@ -147,9 +158,7 @@ def _measured(options: argparse.Namespace, recipes: Recipes, methods: Sequence[s
             )
             for number, (method, path) in enumerate(paths.items())
         }
-        threads = len(os.sched_getaffinity(0))
         found = measure(contenders, rounds=options.rounds, device=options.device, threads=threads)
-    here = environment("benchmarks/time_to_accuracy.py", sys.argv[1:]) | {"cores": threads}
     return {
         "batch_seconds": {name: [part["batch"] for part in row["parts"]] for name, row in found.items()},
         "batches_per_epoch": per_epoch,
@@ -172,6 +181,7 @@ def summary(
         "epochs": options.epochs,
         "batches_per_epoch": plan["batches_per_epoch"],
         "batch_seconds": plan["batch_seconds"],
+        "as_measured": plan.get("as_measured", {}),
         "timed_in": plan["environment"],
         "overrides": options.overrides,
         "runs": runs,

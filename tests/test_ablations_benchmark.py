@@ -58,9 +58,11 @@ def test_every_setting_changes_one_argument_and_can_run(ablations: ModuleType) -
 
 
 def test_what_groups_share_is_made_once(ablations: ModuleType) -> None:
-    jobs = ablations.jobs_of(options_of(ablations, "--groups", "epsilon", "steps", "--seeds", "1", "2"), 50)
+    options = options_of(ablations, "--groups", "epsilon", "steps", "--seeds", "1", "2")
+    jobs = ablations.jobs_of(options, {Path(RECIPE): 50, Path(MAE): 25})  # the baseline's batches are larger
     assert len(jobs) == len({job.name for job in jobs}) == 2 * (2 + 3 + 3)
-    assert {job.batches for job in jobs} == {50}
+    assert {job.batches for job in jobs if job.method != "without AEMIM"} == {50}
+    assert {job.batches for job in jobs if job.method == "without AEMIM"} == {25}
     assert [job.method for job in jobs[:2]] == ["AEMIM", "without AEMIM"]
     assert str(jobs[1].recipe) == MAE
 
@@ -70,6 +72,7 @@ def test_what_groups_share_is_made_once(ablations: ModuleType) -> None:
     [
         ("fast.yaml", "data.workers=0", "algorithms.aemim.steps=1: expected 2, the default of steps"),
         ("aemim.yaml", "algorithms.aemim.epsilon=4", "algorithms.aemim.epsilon=4: expected 2.0"),
+        ("aemim.yaml", "algorithms.aemim.adversarial_ratio=0.25", "adversarial_ratio=0.25: expected 1.0"),
         ("mae.yaml", "data.workers=0", "algorithms: expected aemim among them"),
     ],
 )
@@ -84,6 +87,22 @@ def test_a_recipe_that_is_not_what_the_table_calls_it_is_refused(
     words = [str(PHOTOS / recipe), "--epochs", "1", "--runs", str(tmp_path / "runs"), override]
     assert ablations.main(words) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_baseline_is_the_same_model_without_aemim(
+    ablations: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(f"bases: [{MAE}]\nmodel: {{depth: 1}}\n")
+    for baseline, said in (
+        (RECIPE, "expected no aemim among them"),
+        (other, f"expected the model of {RECIPE}"),
+    ):
+        words = ["--baseline", str(baseline), "--epochs", "1", "--runs", str(tmp_path / "runs")]
+        assert ablations.main([RECIPE, *words]) == 2
+        assert f"--baseline={baseline}: " in (error := capsys.readouterr().err)
+        assert said in error
     assert not (tmp_path / "runs").exists()
 
 

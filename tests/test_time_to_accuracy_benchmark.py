@@ -198,6 +198,9 @@ def test_a_method_that_comes_later_is_timed_beside_the_baseline(
     found = planned(harness, monkeypatch, tmp_path)
     # The machine was half as fast the second time.
     assert found["batch_seconds"] == {"mae": [1.0] * 3, "fast": [1.5] * 3, "aemim": [3.0] * 3}
+    later = {"batch_seconds": [6.0] * 3, "baseline": [2.0] * 3, "scaled_by": 0.5}
+    assert found["as_measured"]["aemim"] == later
+    assert found["as_measured"]["mae"]["scaled_by"] == 1.0
 
 
 def test_what_is_finished_is_reported_without_timing_anything(
@@ -239,7 +242,7 @@ def test_a_stage_is_not_continued_under_other_settings(
         with pytest.raises(KeyboardInterrupt):
             study.run(job, recipes)
         assert made == ["pretrain"] * again
-    with pytest.raises(study.StageError, match="another recipe of pretrain: choose another --runs"):
+    with pytest.raises(study.StageError, match="another recipe of pretrain, or on another device: choose"):
         study.run(job, other)
 
 
@@ -271,16 +274,16 @@ RESULT = {
 
 def test_seconds_until_an_accuracy_are_those_of_a_line_between_probes(tables: ModuleType) -> None:
     run = run_of("fast", 200, 1, [34, 46], 280)
-    assert tables.seconds_until(run, "linear", 40) == pytest.approx(210)  # half way from 140 to 280
-    assert tables.seconds_until(run, "linear", 34) == pytest.approx(140)
-    assert tables.seconds_until(run, "linear", 10) == pytest.approx(140)  # reached by the first probe
+    assert tables.seconds_until(run, "linear", 40) == (pytest.approx(210), False)  # half way from 140 to 280
+    assert tables.seconds_until(run, "linear", 34) == (pytest.approx(140), True)
+    assert tables.seconds_until(run, "linear", 10) == (pytest.approx(140), True)  # or at any time before
     assert tables.seconds_until(run, "linear", 46.5) is None
 
 
 def test_an_accuracy_that_is_lost_again_was_not_reached(tables: ModuleType) -> None:
     run = run_of("mae", 400, 1, [38, 44, 40, 42], 400)
-    assert tables.seconds_until(run, "linear", 42) == pytest.approx(400)
-    assert tables.seconds_until(run, "linear", 41) == pytest.approx(350)
+    assert tables.seconds_until(run, "linear", 42) == (pytest.approx(400), False)
+    assert tables.seconds_until(run, "linear", 41) == (pytest.approx(350), False)
     assert tables.seconds_until(run, "linear", 43) is None
 
 
@@ -308,6 +311,27 @@ def test_the_table_has_means_deviations_and_what_was_not_reached(tables: ModuleT
     short = dict(zip(names, cells["fast, 1.0 epochs"], strict=True))
     assert short["linear"] == "40.0"
     assert short["seconds until the baseline's linear"] == "140"
+    early = tables.table({**RESULT, "runs": [*RESULT["runs"][:1], run_of("fast", 200, 1, [41, 46], 280)]})
+    assert "| ≤ 140 |" in early.splitlines()[3]
+
+
+def test_a_result_names_the_code_that_made_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = benchmark_script("record", monkeypatch)
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "record.py"))
+    assert record.environment("x.py", ["--y"])["commit"] is None
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+        command = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "record.py").write_text("one")
+    git("init")
+    git("add", "record.py")
+    git("commit", "-m", "one")
+    assert record.environment("x.py", ["--y"])["commit"] == git("rev-parse", "HEAD")
+    (tmp_path / "record.py").write_text("two")
+    assert record.environment("x.py", ["--y"])["commit"] == git("rev-parse", "HEAD") + "-dirty"
 
 
 @pytest.fixture
@@ -414,5 +438,5 @@ def test_a_study_goes_on_after_a_kill_and_reports_every_run(tmp_path: Path) -> N
     before = (first_run / "outcome.json").stat().st_mtime_ns
     again = run_study(tmp_path, "finetune.optimizer.weight_decay=0.1")
     assert again.returncode == 1, again.stderr
-    assert "holds a run with another recipe of finetune: choose another --runs" in again.stderr
+    assert "holds a run with another recipe of finetune, or on another device: choose" in again.stderr
     assert (first_run / "outcome.json").stat().st_mtime_ns == before
