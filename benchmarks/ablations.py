@@ -34,6 +34,7 @@ BASELINE, DEFAULT = "without AEMIM", "AEMIM"
 PAPER = {BASELINE: 80.9, DEFAULT: 81.4}
 """Tables 4 and 8: top-1 in percent, ViT-S/16."""
 
+_SPAN = 5.0  # points that an axis shows at least: what is nearly equal shall look so
 _LOSSES = {"loss/train/clean": "clean", "loss/train/adversarial": "adversarial"}
 
 
@@ -176,23 +177,31 @@ def draw_losses(result: Mapping[str, Any], out: Path) -> None:
 
 
 def draw_loss_ratio(result: Mapping[str, Any], out: Path) -> None:
-    """Figure 4: what the fine-tuned classifiers reach over λ, if two values of it were run."""
-    group, curves = GROUPS["loss_ratio"], dict[str, list[Point]]()
-    shown = shown_scores(score_names(result))
-    for value in sorted([*group.overrides, group.default], key=float):
-        method = DEFAULT if value == group.default else f"loss_ratio {value}"
-        runs = [run for run in result["runs"] if run["method"] == method]
-        for name in shown if runs else ():
-            mean, deviation = mean_and_deviation([run["scores"][name] for run in runs])
-            band = (mean - deviation, mean + deviation) if deviation is not None else (None, None)
-            curves.setdefault(name, []).append(Point(float(value), mean, *band))
-    if all(len(points) < 2 for points in curves.values()):
+    """Figure 4: what the fine-tuned classifiers reach over λ, if two values of it were run.
+
+    The baseline is at 1, where AEMIM is what it is without.
+    """
+    group = GROUPS["loss_ratio"]
+    methods = {float(value): f"loss_ratio {value}" for value in group.overrides}
+    methods |= {float(group.default): DEFAULT, 1.0: BASELINE}
+    curves = dict[str, list[Point]]()
+    for name in shown_scores(score_names(result)):
+        for ratio in sorted(methods):
+            runs = [run for run in result["runs"] if run["method"] == methods[ratio]]
+            if runs:
+                mean, deviation = mean_and_deviation([run["scores"][name] for run in runs])
+                band = (mean - deviation, mean + deviation) if deviation is not None else (None, None)
+                curves.setdefault(name, []).append(Point(ratio, mean, *band))
+    if not any(run["method"].startswith("loss_ratio") for run in result["runs"]):
         return
     figure, axes = grid(len(curves))
     for axis, (name, points) in zip(axes, curves.items(), strict=True):
         draw_curves(axis, {name: points})
+        low, high = axis.get_ylim()
+        spare = max(0.0, _SPAN - (high - low)) / 2
+        axis.set_ylim(low - spare, high + spare)
         axis.set_title(score_title(name), fontsize=10)
-        axis.set_xlabel("weight λ of the clean loss", fontsize=9)
+        axis.set_xlabel("weight λ of the clean loss (1: without AEMIM)", fontsize=9)
         axis.set_ylabel("top-1 accuracy, %", fontsize=9)
     save_figure(figure, out)
 

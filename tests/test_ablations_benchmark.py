@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import benchmark_script
+from matplotlib.figure import Figure
 
 from aemim_algorithm.recipes.preflight import prepare
 from aemim_algorithm.recipes.schema import load_recipe
@@ -150,6 +151,16 @@ def test_the_table_has_a_row_for_each_setting_and_the_papers_number(
     assert (tmp_path / "ablations-loss-ratio.png").stat().st_size > 10_000
     written = json.loads(out.read_text())
     assert len(written["runs"]) == 2 * (2 + 2 + 4)
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(ablations, "save_figure", lambda figure, out: figures.append(figure))
+    ablations.draw_loss_ratio(written, out)
+    finetuned = figures[0].axes[0]
+    assert finetuned.lines[0].get_xydata().tolist() == [
+        [0.1, 45.5], [0.3, 45.5], [0.5, 51.0], [0.7, 45.5], [0.9, 45.5], [1.0, 49.0],
+    ]  # fmt: skip
+    low, high = figures[0].axes[1].get_ylim()  # all are equal
+    assert high - low >= 5
 
 
 @pytest.mark.parametrize(
