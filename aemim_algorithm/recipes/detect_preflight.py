@@ -127,12 +127,12 @@ def inspect_objects(recipe: DetectRecipe, train: DetectionImages, test: Detectio
             f"data.test_source={recipe.data.test_source}: {test.dropped} images without objects were left "
             "out, on which a detector may be wrong: write the shards without --drop-empty"
         )
-    _check_warmup(recipe, len(train))
     shards = check_shards(folder)
     samples, count = sum(shard["samples"] for shard in shards), len(shards)
     nothing = {"size": 0, "verified": 0, "leftovers": 0}
     found = DataFound(samples, shards=count, present=count, fingerprint=fingerprint_of(shards), **nothing)
     check_identity(recipe, found)
+    _check_warmup(recipe, len(train))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -30,36 +31,58 @@ def hold_save_folder(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another run is at work in the folder, or it cannot be written; on every rank.
     """
-    handles: list[int] = []
+    lock = _Lock(folder)
     try:
-        on_first_rank(lambda: _take(folder, handles))
+        on_first_rank(lock.take)
         yield
     finally:
-        for handle in handles:
+        lock.leave()
+
+
+class _Lock:
+    """The file in the folder, and what had to be made for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / _LOCK
+        self.handle: int | None = None
+        self.made: list[Path] = []
+
+    def take(self) -> None:
+        """Take the lock, and say who has it; or refuse, naming who has."""
+        self.made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+        try:
+            while self.handle is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._open()
+        except OSError as reason:
+            raise ValueError(f"save_folder={self.folder}: cannot be written ({reason})") from reason
+
+    def _open(self) -> None:
+        handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as taken:  # which of the two depends on the file system
+            holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "a process"
             os.close(handle)
+            raise ValueError(
+                f"save_folder={self.folder}: {holder} is at work on the run in it; wait for its end, or "
+                "choose another run_name"
+            ) from taken
+        except OSError:  # a file system without locks
+            pass
+        if not os.fstat(handle).st_nlink:  # whoever had it has just removed it
+            os.close(handle)
+            return
+        self.handle = handle
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
-
-def _take(folder: Path, handles: list[int]) -> None:
-    """Open the lock's file, which goes into the list, and take the lock."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handles.append(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666))
-        _lock(folder, handles[0])
-    except OSError as reason:
-        raise ValueError(f"save_folder={folder}: cannot be written ({reason})") from reason
-
-
-def _lock(folder: Path, handle: int) -> None:
-    """Take the lock, and say who has it; or refuse, naming who has."""
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as taken:  # which of the two depends on the file system
-        holder = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "a process"
-        raise ValueError(
-            f"save_folder={folder}: {holder} is at work on the run in it; wait for its end, or choose "
-            "another run_name"
-        ) from taken
-    except OSError:  # a file system without locks
-        return
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    def leave(self) -> None:
+        """Give the lock back, and leave no empty folder where there was none."""
+        if self.handle is None:
+            return
+        self.file.unlink(missing_ok=True)
+        os.close(self.handle)
+        with contextlib.suppress(OSError):  # not empty
+            for place in self.made:
+                place.rmdir()

@@ -58,9 +58,14 @@ def test_a_killed_run_gives_its_folder_back_before_its_loaders_end(tmp_path: Pat
 
 
 def test_a_run_that_has_ended_or_failed_gives_its_folder_back(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError), hold_save_folder(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with pytest.raises(FloatingPointError), hold_save_folder(folder):
         raise FloatingPointError
-    with another_run(tmp_path):
+    assert not (tmp_path / "new").exists()
+    with hold_save_folder(folder):
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
+    with another_run(folder):
         pass
 
 
