@@ -35,6 +35,7 @@ PAPER = {BASELINE: 80.9, DEFAULT: 81.4}
 """Tables 4 and 8: top-1 in percent, ViT-S/16."""
 
 _SPAN = 5.0  # points that an axis shows at least: what is nearly equal shall look so
+_FIGURE_2 = {DEFAULT: "feature distance (l2)", "loss reconstruction": "reconstruction loss"}
 _LOSSES = {"loss/train/clean": "clean", "loss/train/adversarial": "adversarial"}
 
 
@@ -159,12 +160,11 @@ def table(result: Mapping[str, Any]) -> str:
 
 def draw_losses(result: Mapping[str, Any], out: Path) -> None:
     """Figure 2: both losses over pre-training, for the attacks on features and on the loss, if run."""
-    methods = {DEFAULT: "feature distance (l2)", "loss reconstruction": "reconstruction loss"}
     first = {run["method"]: run for run in reversed(result["runs"])}
-    if not all(method in first for method in methods):
+    if not all(method in first for method in _FIGURE_2):
         return
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    for axis, (method, title) in zip(figure.subplots(1, 2, sharey=True), methods.items(), strict=True):
+    for axis, (method, title) in zip(figure.subplots(1, 2, sharey=True), _FIGURE_2.items(), strict=True):
         for number, (key, name) in enumerate(_LOSSES.items()):
             points = [(line["batch"], line[key]) for line in first[method]["losses"] if key in line]
             axis.plot(*zip(*points, strict=True), label=name, color=COLOURS[number], linewidth=1)
@@ -223,12 +223,18 @@ def _main(arguments: Sequence[str]) -> int:
     outcomes, whole = make_runs(jobs, recipes, finished=options.finished)
     if outcomes:
         result |= {"epochs": options.epochs, "groups": options.groups, "overrides": options.overrides}
-        result["runs"] = outcomes
+        result["runs"] = [_without_unused_losses(outcome) for outcome in outcomes]
         write_json(result, options.out)
         draw_losses(result, options.out.with_name(f"{options.out.stem}-losses.png"))
         draw_loss_ratio(result, options.out.with_name(f"{options.out.stem}-loss-ratio.png"))
         print(table(result))
     return 0 if whole else 1
+
+
+def _without_unused_losses(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """An outcome as it is kept: only Figure 2 is about losses, which are most of the file."""
+    drawn = outcome["method"] in _FIGURE_2
+    return {key: value for key, value in outcome.items() if drawn or key != "losses"}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

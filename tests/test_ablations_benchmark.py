@@ -151,6 +151,7 @@ def test_the_table_has_a_row_for_each_setting_and_the_papers_number(
     assert (tmp_path / "ablations-loss-ratio.png").stat().st_size > 10_000
     written = json.loads(out.read_text())
     assert len(written["runs"]) == 2 * (2 + 2 + 4)
+    assert {run["method"] for run in written["runs"] if "losses" in run} == {"AEMIM", "loss reconstruction"}
 
     figures: list[Figure] = []
     monkeypatch.setattr(ablations, "save_figure", lambda figure, out: figures.append(figure))

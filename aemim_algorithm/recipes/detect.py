@@ -71,7 +71,8 @@ def detect(recipe: DetectRecipe, *, command: Sequence[str] | None = None) -> Det
         RecipeError: If the recipe cannot run here, or does not fit the data.
         FloatingPointError: If a loss or a gradient is not finite.
         OSError: If a checkpoint cannot be written; the earlier ones are whole.
-        ValueError: If the data cannot be read, or the run has checkpoints and all of them are damaged.
+        ValueError: If the data cannot be read, another run is at work in the save folder, or the run has
+            checkpoints and all of them are damaged.
     """
     plan = prepare_detection(recipe)
     with joined(recipe) as (train_folder, test_folder):

@@ -68,8 +68,8 @@ def finetune(recipe: FineTuneRecipe) -> FineTuned:
         ConversionError: If a source of the data cannot be converted.
         FloatingPointError: If a loss or a gradient is not finite.
         OSError: If a checkpoint cannot be written; the earlier ones are whole.
-        ValueError: If the encoder is that of another architecture, the test images are of other classes, or
-            the run has checkpoints and all of them are damaged.
+        ValueError: If the encoder is that of another architecture, the test images are of other classes,
+            another run is at work in the save folder, or the run has checkpoints and all of them are damaged.
     """
     plan = prepare_finetuning(recipe)
     with joined(recipe) as (train_folder, test_folder):

@@ -14,7 +14,7 @@ from aemim_algorithm.first_rank import on_first_rank
 
 __all__ = ["hold_save_folder"]
 
-_LOCK = ".in_use"
+_LOCK = ".at_work"
 
 
 @contextmanager

@@ -65,7 +65,8 @@ def pretrain(recipe: Recipe) -> Outputs:
         ConversionError: If the source of the data cannot be converted.
         FloatingPointError: If a loss or a gradient is not finite.
         OSError: If a checkpoint cannot be written; the earlier ones are whole.
-        ValueError: If the run has checkpoints, and all of them are damaged.
+        ValueError: If another run is at work in the save folder, or the run has checkpoints, and all of them
+            are damaged.
     """
     parts = prepare(recipe)
     with joined(recipe) as (train_folder, test_folder):

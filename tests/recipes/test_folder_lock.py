@@ -54,7 +54,7 @@ def test_a_killed_run_gives_its_folder_back_before_its_loaders_end(tmp_path: Pat
     with another_run(tmp_path, with_loader=True):
         pass
     with hold_save_folder(tmp_path):
-        assert str(os.getpid()) in (tmp_path / ".in_use").read_text()
+        assert str(os.getpid()) in (tmp_path / ".at_work").read_text()
 
 
 def test_a_run_that_has_ended_or_failed_gives_its_folder_back(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_run_that_has_ended_or_failed_gives_its_folder_back(tmp_path: Path) ->
 
 def times_in(folder: Path) -> dict[str, int]:
     """When each file was last written, but for the lock."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".in_use"}
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".at_work"}
 
 
 def test_training_that_is_refused_changes_nothing(tmp_path: Path) -> None:
